@@ -1,0 +1,169 @@
+"""Every key of this project, under ``XLEARNER``, and how a config file and the command line are merged into it."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+from detectron2.config import CfgNode, get_cfg
+
+from .specs import ConfigError, nearest
+
+STAGES = ("expand", "squeeze", "all")
+SHARING = ("separate", "shared", "detached", "bidirectional")
+
+
+def add_xlearner_config(cfg: CfgNode) -> None:
+    """Add the ``XLEARNER`` and ``MODEL.CLASSIFIER`` sections, with their defaults, to a Detectron2 config."""
+    cfg.XLEARNER = x = CfgNode()
+    # What train_net.py runs: expand, squeeze, or all (expand, then squeeze).
+    x.STAGE = "all"
+    # Data sets to register, by name; see specs.DatasetSpec. Those of Detectron2 need no entry.
+    x.DATASETS = CfgNode(new_allowed=True)
+    # The sources, by name; see specs.SourceSpec.
+    x.SOURCES = CfgNode(new_allowed=True)
+    # How branches share: separate, shared (one trunk), detached (features passed on without gradient), bidirectional.
+    x.SHARING = "detached"
+    # Images per data set that are decoded before training starts, spread evenly; all must exist. -1: every image.
+    x.CHECK_IMAGES = 5000
+    # Faster convolutions on GPUs with tensor cores and on CPUs.
+    x.CHANNELS_LAST = True
+
+    x.RECONCILIATION = CfgNode()
+    # Stages of a branch that receive features of the other branches.
+    x.RECONCILIATION.STAGES = ["res2", "res3", "res4"]
+    # A stage receives the others' same stage and all shallower ones (True), or the same stage alone (False).
+    x.RECONCILIATION.CROSS_SCALE = True
+
+    x.SQUEEZE = q = CfgNode()
+    # Distil during the expansion run, from the branches as they are, instead of afterwards.
+    q.ONLINE = False
+    # Expanded checkpoint to squeeze; "" takes the one that the expand stage left in OUTPUT_DIR.
+    q.TEACHER = ""
+    # Start of the student: "random", a task's name (that branch), or a ResNet checkpoint.
+    q.INIT = "random"
+    # Depth of the student; 0 takes that of the branches.
+    q.DEPTH = 0
+    # Stages whose features are matched, and the weight of each.
+    q.STAGES = ["res2", "res3", "res4", "res5"]
+    q.STAGE_WEIGHTS = [1.0, 1.0, 1.0, 1.0]
+    # What a hint is compared by: cosine_smooth_l1 (half each), mse, cosine, smooth_l1.
+    q.DISTANCE = "cosine_smooth_l1"
+    # How the teacher's features are normalised: standardise (per channel, running), l2, phi_s, none.
+    q.NORMALISER = "standardise"
+    # Steps of the source mix over which the student's BN statistics are estimated at the end; 0 keeps them.
+    q.BN_RECALIBRATION_STEPS = 50
+    # Keys of SOLVER with other values in the squeeze stage.
+    q.SOLVER = CfgNode(new_allowed=True)
+
+    cfg.MODEL.CLASSIFIER = c = CfgNode()
+    # The stage that ImageClassifier pools.
+    c.IN_FEATURE = "res5"
+    # Read from the data set's metadata when the config is a source's head.
+    c.NUM_CLASSES = 1000
+    c.LABEL_SMOOTHING = 0.1
+    # Strength of timm's mixup and cutmix; 0 turns each off.
+    c.MIXUP = 0.0
+    c.CUTMIX = 0.0
+    c.DROPOUT = 0.0
+
+
+def _duplicate_keys(node: yaml.Node, path: str = "") -> list[str]:
+    """Keys given twice in one YAML mapping, which a YAML reader would merge silently."""
+    if isinstance(node, yaml.SequenceNode):
+        return [found for child in node.value for found in _duplicate_keys(child, path)]
+    if not isinstance(node, yaml.MappingNode):
+        return []
+    found, seen = [], set()
+    for key, value in node.value:
+        name = f"{path}{key.value}"
+        if key.value in seen:
+            found.append(f"{name} is given twice (the second time in line {key.start_mark.line + 1}).")
+        seen.add(key.value)
+        found += _duplicate_keys(value, f"{name}.")
+    return found
+
+
+def check_config_file(path: str | Path) -> None:
+    """Raise :class:`ConfigError` unless ``path`` and the files it is based on are YAML mappings without double keys."""
+    path = Path(path)
+    if not path.is_file():
+        raise ConfigError([f"There is no config file {path}."])
+    try:
+        node = yaml.compose(path.read_text(encoding="utf-8"), Loader=yaml.SafeLoader)
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ConfigError([f"{path} is not valid YAML: {error}"]) from error
+    if not isinstance(node, yaml.MappingNode):
+        raise ConfigError([f"{path} should hold a mapping such as 'XLEARNER: …'."])
+    problems = _duplicate_keys(node)
+    if problems:
+        raise ConfigError([f"{path}: {problem}" for problem in problems])
+    for key, value in node.value:
+        if key.value == "_BASE_":
+            check_config_file(path.parent / value.value)
+
+
+def _merge_record_overrides(cfg: CfgNode, opts: Sequence[str]) -> list[str]:
+    """Apply ``XLEARNER.{SOURCES,DATASETS}.name[.KEY] value`` pairs; return the other pairs.
+
+    yacs accepts only keys that exist already, but a record may leave keys at their defaults.
+    """
+    rest: list[str] = []
+    for key, text in zip(opts[::2], opts[1::2], strict=True):
+        parts = key.split(".")
+        if parts[0] != "XLEARNER" or len(parts) not in (3, 4) or parts[1] not in ("SOURCES", "DATASETS"):
+            rest += [key, text]
+            continue
+        value: Any = yaml.safe_load(text) if isinstance(text, str) else text
+        records = cfg.XLEARNER[parts[1]]
+        if len(parts) == 3:
+            records[parts[2]] = CfgNode(value) if isinstance(value, dict) else value
+        elif isinstance(records.get(parts[2]), CfgNode):
+            records[parts[2]][parts[3]] = value
+        else:
+            raise ConfigError([f"{key}: there is no such record.{nearest(parts[2], records)}"])
+    return rest
+
+
+def _check_known(cfg: CfgNode, opts: Sequence[str]) -> list[str]:
+    """Problems of command-line keys that no section knows, with the nearest known key."""
+    problems = []
+    for key in opts[::2]:
+        node: Any = cfg
+        for number, part in enumerate(key.split(".")):
+            if not isinstance(node, CfgNode) or part not in node and not node.is_new_allowed():
+                known = node if isinstance(node, CfgNode) else ()
+                prefix = ".".join(key.split(".")[:number])
+                problems.append(f"There is no setting {key} (below {prefix or 'the top'}).{nearest(part, known)}")
+                break
+            node = node.get(part)
+            if node is None:
+                break
+    return problems
+
+
+def load_config(config_file: str | Path, opts: Sequence[str] = ()) -> CfgNode:
+    """Read a config file, then the overrides of the command line, into a new Detectron2 config.
+
+    Raises:
+        ConfigError: for a missing, malformed or contradictory file and for unknown or ill-typed settings.
+    """
+    cfg = get_cfg()
+    add_xlearner_config(cfg)
+    check_config_file(config_file)
+    try:
+        cfg.merge_from_file(str(config_file), allow_unsafe=False)
+    except (KeyError, ValueError, AssertionError) as error:
+        raise ConfigError([f"{config_file}: {error}"]) from error
+    opts = list(opts)
+    if len(opts) % 2:
+        raise ConfigError([f"The settings after the options should be pairs of key and value, got {opts}."])
+    opts = _merge_record_overrides(cfg, opts)
+    problems = _check_known(cfg, opts)
+    if problems:
+        raise ConfigError(problems, what="The command line")
+    try:
+        cfg.merge_from_list(opts)
+    except (KeyError, ValueError, AssertionError) as error:
+        raise ConfigError([f"The command line: {error}"]) from error
+    return cfg

@@ -1,0 +1,212 @@
+"""One record per data set, per source and per task: parsed from YAML, validated as a whole, explained in errors.
+
+Nothing here builds or reads data; the later modules take these records instead of the config.
+"""
+
+import difflib
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import MISSING, dataclass, fields
+from typing import Any, TypeVar
+
+#: Keys of ``XLEARNER.DATASETS.<name>`` that each ``FORMAT`` takes: (required, optional).
+DATASET_KEYS: dict[str, tuple[frozenset[str], frozenset[str]]] = {
+    "coco": (frozenset({"IMAGES", "ANNOTATIONS"}), frozenset()),
+    "voc": (frozenset({"ROOT", "SPLIT"}), frozenset({"CLASSES", "YEAR"})),
+    "sem_seg": (frozenset({"IMAGES", "LABELS", "CLASSES"}), frozenset({"IGNORE_VALUE"})),
+    "image_folder": (frozenset({"IMAGES"}), frozenset({"CLASSES"})),
+}
+
+
+class ConfigError(ValueError):
+    """All problems of a configuration or of its data, in one message."""
+
+    def __init__(self, problems: Sequence[str], *, what: str = "The configuration"):
+        self.problems = list(problems)
+        count = "1 problem" if len(self.problems) == 1 else f"{len(self.problems)} problems"
+        lines = [f"  {number}. {problem}" for number, problem in enumerate(self.problems, 1)]
+        super().__init__("\n".join([f"{what} has {count}:", *lines]))
+
+
+@dataclass(frozen=True, kw_only=True)
+class DatasetSpec:
+    """A data set on disk, to be registered under ``name``. Relative paths start at ``$DETECTRON2_DATASETS``.
+
+    Attributes:
+        name: the name that ``TRAIN`` and ``TEST`` of a source refer to.
+        format: one of ``DATASET_KEYS``.
+        images: folder of images (coco, sem_seg), or of one folder per class (image_folder).
+        annotations: COCO json file (coco).
+        labels: folder of label PNGs named like the images (sem_seg).
+        root: folder that holds JPEGImages, Annotations and ImageSets (voc).
+        split: name of a file below ``ImageSets/Main`` without ``.txt`` (voc).
+        classes: class names in order of their index, or a file that has one name a line.
+        ignore_value: label that is not evaluated and gives no loss (sem_seg).
+        year: 2007 for the 11-point average precision, 2012 for the area under the curve (voc).
+    """
+
+    name: str
+    format: str
+    images: str = ""
+    annotations: str = ""
+    labels: str = ""
+    root: str = ""
+    split: str = ""
+    classes: tuple[str, ...] | str = ()
+    ignore_value: int = 255
+    year: int = 2012
+
+
+@dataclass(frozen=True, kw_only=True)
+class SourceSpec:
+    """A data set family with one label space, the head that learns it and the task (branch) it belongs to.
+
+    Attributes:
+        name: unique; used in log lines, metrics and loss names.
+        task: free name; sources with the same task share a branch.
+        config: the Detectron2 config whose model becomes this source's head: a file or a model-zoo path.
+        train: names of registered data sets, concatenated.
+        test: names of registered data sets, evaluated one by one.
+        ims_per_batch: images of this source in each step, over all workers.
+        loss_weight: factor on every loss of this source.
+        opts: overrides for ``config``, as alternating keys and values.
+    """
+
+    name: str
+    task: str
+    config: str
+    train: tuple[str, ...]
+    test: tuple[str, ...] = ()
+    ims_per_batch: int = 16
+    loss_weight: float = 1.0
+    opts: tuple[Any, ...] = ()
+
+
+@dataclass(frozen=True, kw_only=True)
+class TaskSpec:
+    """A branch of the expanded backbone.
+
+    Attributes:
+        name: the task's name.
+        sources: names of the sources that train it.
+        out_features: the deepest-first union of stages its heads read, in network order.
+        res5_dilation: 1, or 2 where the heads ask for a dilated res5 (its stride is then 16).
+    """
+
+    name: str
+    sources: tuple[str, ...]
+    out_features: tuple[str, ...]
+    res5_dilation: int = 1
+
+
+Record = TypeVar("Record", DatasetSpec, SourceSpec)
+_KINDS: dict[str, tuple[type | tuple[type, ...], str]] = {
+    "str": (str, "a string"),
+    "int": (int, "a whole number"),
+    "float": ((int, float), "a number"),
+    "tuple": ((list, tuple), "a list"),
+}
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """`` Did you mean 'x'?`` for the closest known name, else the start of the list of known names."""
+    known = sorted(known)
+    close = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+    if close:
+        return f" Did you mean {close[0]!r}?"
+    return f" Known: {', '.join(known[:12])}{', …' if len(known) > 12 else ''}." if known else ""
+
+
+def _check_value(where: str, key: str, value: Any, annotation: str) -> list[str]:
+    """Problems of one value, judged by the dataclass field's annotation."""
+    if key == "CLASSES" and isinstance(value, str):
+        return []
+    kind = next(kind for kind in _KINDS if annotation.startswith(kind))
+    expected, words = _KINDS[kind]
+    if not isinstance(value, expected) or isinstance(value, bool):
+        return [f"{where}.{key} is {value!r}, but {words} is expected."]
+    if annotation.startswith("tuple[str") and not all(isinstance(item, str) for item in value):
+        return [f"{where}.{key} is {value!r}, but a list of strings is expected."]
+    return []
+
+
+def _parse(cls: type[Record], name: str, record: Any, where: str, problems: list[str]) -> Record | None:
+    """Turn one YAML mapping into ``cls``; append what is wrong with it to ``problems``."""
+    if not isinstance(record, Mapping):
+        problems.append(f"{where} is {record!r}, but a mapping such as {{{', '.join(_keys(cls)[:3])}, …}} is expected.")
+        return None
+    found: list[str] = []
+    by_key = {field.name.upper(): field for field in fields(cls) if field.name != "name"}
+    for key in record:
+        if key not in by_key:
+            found.append(f"{where} has the unknown key {key!r}.{nearest(key, by_key)}")
+        else:
+            found += _check_value(where, key, record[key], str(by_key[key].type))
+    for key, field in by_key.items():
+        if field.default is MISSING and key not in record:
+            found.append(f"{where} lacks the key {key}.")
+    problems += found
+    if found:
+        return None
+    values = {key.lower(): tuple(v) if isinstance(v, list | tuple) else v for key, v in record.items()}
+    return cls(name=name, **values)
+
+
+def _keys(cls: type) -> list[str]:
+    return [field.name.upper() for field in fields(cls) if field.name != "name"]
+
+
+def parse_datasets(records: Mapping[str, Any], problems: list[str]) -> list[DatasetSpec]:
+    """Parse ``XLEARNER.DATASETS``; a null record is skipped, so that a derived config can drop one."""
+    parsed = []
+    for name, record in records.items():
+        if record is None:
+            continue
+        where = f"XLEARNER.DATASETS.{name}"
+        spec = _parse(DatasetSpec, name, record, where, problems)
+        if spec is None:
+            continue
+        if spec.format not in DATASET_KEYS:
+            problems.append(f"{where}.FORMAT is {spec.format!r}.{nearest(spec.format, DATASET_KEYS)}")
+            continue
+        required, optional = DATASET_KEYS[spec.format]
+        given = {key for key in record if key != "FORMAT"}
+        if required - given:
+            problems.append(f"{where} lacks {', '.join(sorted(required - given))}, needed for FORMAT {spec.format!r}.")
+        for key in sorted(given - required - optional):
+            problems.append(f"{where}.{key} has no meaning for FORMAT {spec.format!r}.")
+        parsed.append(spec)
+    return parsed
+
+
+def _check_source(spec: SourceSpec, where: str, world_size: int) -> list[str]:
+    problems = []
+    if not spec.task.isidentifier():
+        problems.append(f"{where}.TASK is {spec.task!r}, but a name of letters, digits and underscores is expected.")
+    if not spec.train:
+        problems.append(f"{where}.TRAIN is empty, but at least one data set is needed.")
+    if spec.ims_per_batch < 1 or spec.ims_per_batch % world_size:
+        workers = f" that {world_size} workers can share evenly" if world_size > 1 else ""
+        problems.append(f"{where}.IMS_PER_BATCH is {spec.ims_per_batch}, but a positive number{workers} is expected.")
+    if not 0 <= spec.loss_weight < float("inf"):
+        problems.append(f"{where}.LOSS_WEIGHT is {spec.loss_weight}, but a finite number of at least 0 is expected.")
+    if len(spec.opts) % 2:
+        problems.append(f"{where}.OPTS has {len(spec.opts)} entries, but pairs of key and value are expected.")
+    return problems
+
+
+def parse_sources(records: Mapping[str, Any], problems: list[str], *, world_size: int = 1) -> list[SourceSpec]:
+    """Parse ``XLEARNER.SOURCES``; a null record is skipped, so that a derived config can drop a source."""
+    parsed = []
+    for name, record in records.items():
+        if record is None:
+            continue
+        where = f"XLEARNER.SOURCES.{name}"
+        if not str(name).isidentifier():
+            problems.append(f"{where}: {name!r} is no source name; letters, digits and underscores are expected.")
+        spec = _parse(SourceSpec, name, record, where, problems)
+        if spec is not None:
+            problems += _check_source(spec, where, world_size)
+            parsed.append(spec)
+    if not parsed and not problems:
+        problems.append("XLEARNER.SOURCES is empty, but at least one source is needed.")
+    return parsed
