@@ -56,6 +56,11 @@ def add_xlearner_config(cfg: CfgNode) -> None:
     # Keys of SOLVER with other values in the squeeze stage.
     q.SOLVER = CfgNode(new_allowed=True)
 
+    add_classifier_config(cfg)
+
+
+def add_classifier_config(cfg: CfgNode) -> None:
+    """Add what ``ImageClassifier`` and its mapper need to a Detectron2 config."""
     cfg.MODEL.CLASSIFIER = c = CfgNode()
     # The stage that ImageClassifier pools.
     c.IN_FEATURE = "res5"
@@ -66,6 +71,17 @@ def add_xlearner_config(cfg: CfgNode) -> None:
     c.MIXUP = 0.0
     c.CUTMIX = 0.0
     c.DROPOUT = 0.0
+
+    cfg.INPUT.CLASSIFICATION = a = CfgNode()
+    # Side of the square that training and test images are cropped to, in pixels.
+    a.SIZE = 224
+    # Share of the image's area that a random crop takes, at least and at most.
+    a.SCALE = [0.25, 1.0]
+    a.COLOR_JITTER = 0.4
+    # A policy of timm, such as "rand-m9-mstd0.5"; "" for none.
+    a.AUTO_AUGMENT = ""
+    # Test images are resized to SIZE / CROP_PCT, then cropped at the centre.
+    a.CROP_PCT = 0.875
 
 
 def _duplicate_keys(node: yaml.Node, path: str = "") -> list[str]:

@@ -6,7 +6,8 @@ Nothing here builds or reads data; the later modules take these records instead 
 import difflib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import MISSING, dataclass, fields
-from typing import Any, TypeVar
+from types import UnionType
+from typing import Any, TypeVar, get_origin
 
 #: Keys of ``XLEARNER.DATASETS.<name>`` that each ``FORMAT`` takes: (required, optional).
 DATASET_KEYS: dict[str, tuple[frozenset[str], frozenset[str]]] = {
@@ -99,11 +100,12 @@ class TaskSpec:
 
 
 Record = TypeVar("Record", DatasetSpec, SourceSpec)
-_KINDS: dict[str, tuple[type | tuple[type, ...], str]] = {
-    "str": (str, "a string"),
-    "int": (int, "a whole number"),
-    "float": ((int, float), "a number"),
-    "tuple": ((list, tuple), "a list"),
+#: type of a field -> what YAML may give for it, and how that is called in an error
+_KINDS: dict[type, tuple[tuple[type, ...], str]] = {
+    str: ((str,), "a string"),
+    int: ((int,), "a whole number"),
+    float: ((int, float), "a number"),
+    tuple: ((list, tuple), "a list"),
 }
 
 
@@ -116,16 +118,15 @@ def nearest(name: str, known: Iterable[str]) -> str:
     return f" Known: {', '.join(known[:12])}{', …' if len(known) > 12 else ''}." if known else ""
 
 
-def _check_value(where: str, key: str, value: Any, annotation: str) -> list[str]:
-    """Problems of one value, judged by the dataclass field's annotation."""
+def _check_value(where: str, key: str, value: Any, kind: Any) -> list[str]:
+    """Problems of one value, judged by the type of its field."""
     if key == "CLASSES" and isinstance(value, str):
-        return []
-    kind = next(kind for kind in _KINDS if annotation.startswith(kind))
-    expected, words = _KINDS[kind]
+        return []  # the file that holds them
+    expected, words = _KINDS[tuple if isinstance(kind, UnionType) else get_origin(kind) or kind]
     if not isinstance(value, expected) or isinstance(value, bool):
         return [f"{where}.{key} is {value!r}, but {words} is expected."]
-    if annotation.startswith("tuple[str") and not all(isinstance(item, str) for item in value):
-        return [f"{where}.{key} is {value!r}, but a list of strings is expected."]
+    if key in ("TRAIN", "TEST", "CLASSES") and not all(isinstance(item, str) for item in value):
+        return [f"{where}.{key} is {list(value)!r}, but a list of strings is expected."]
     return []
 
 
@@ -140,7 +141,7 @@ def _parse(cls: type[Record], name: str, record: Any, where: str, problems: list
         if key not in by_key:
             found.append(f"{where} has the unknown key {key!r}.{nearest(key, by_key)}")
         else:
-            found += _check_value(where, key, record[key], str(by_key[key].type))
+            found += _check_value(where, key, record[key], by_key[key].type)
     for key, field in by_key.items():
         if field.default is MISSING and key not in record:
             found.append(f"{where} lacks the key {key}.")

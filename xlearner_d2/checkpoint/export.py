@@ -1,0 +1,68 @@
+"""What leaves the project: the student as a Detectron2 checkpoint, and the expanded model with its own description."""
+
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from detectron2.config import CfgNode
+from torch import nn
+
+from ..specs import TaskSpec
+
+
+def save_atomically(data: Mapping[str, Any], path: str | Path) -> None:
+    """Write a checkpoint so that ``path`` is at any time either absent, the old file, or the whole new one."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(f".{path.name}.part")
+    with part.open("wb") as file:
+        torch.save(dict(data), file)
+        file.flush()
+        os.fsync(file.fileno())
+    part.replace(path)
+
+
+def input_convention(cfg: CfgNode) -> dict[str, Any]:
+    """What a user of the weights has to feed: channel order and normalisation."""
+    return {
+        "format": cfg.INPUT.FORMAT,
+        "pixel_mean": list(cfg.MODEL.PIXEL_MEAN),
+        "pixel_std": list(cfg.MODEL.PIXEL_STD),
+    }
+
+
+def _plain(node: CfgNode) -> dict[str, Any]:
+    return {key: list(value) if isinstance(value, list | tuple) else value for key, value in node.items()}
+
+
+def export_student(student: nn.Module, cfg: CfgNode, path: str | Path) -> None:
+    """Save the student's backbone, and nothing else, as a file that ``MODEL.WEIGHTS`` of any Detectron2 config takes.
+
+    Names start at ``stem`` and ``res2``, as in Detectron2's own ImageNet files, and ask for the same matching, which
+    finds them in a plain, FPN, C4 or DC5 backbone alike. ``num_batches_tracked`` is left out: frozen BN has none.
+
+    Args:
+        cfg: describes the student's ResNet and its input.
+    """
+    state = {
+        name: value.detach().cpu().contiguous().clone()
+        for name, value in student.state_dict().items()
+        if not name.endswith("num_batches_tracked")
+    }
+    description = {"resnets": _plain(cfg.MODEL.RESNETS), "input": input_convention(cfg)}
+    data = {"model": state, "__author__": "xlearner_d2", "matching_heuristics": True, "xlearner": description}
+    save_atomically(data, path)
+
+
+def save_expanded(model: nn.Module, cfg: CfgNode, tasks: Sequence[TaskSpec], path: str | Path) -> None:
+    """Save the expanded model with what is needed to build its backbone again without its sources' data."""
+    description = {"config": cfg.dump(), "tasks": [_plain_task(task) for task in tasks]}
+    state = {name: value.detach().cpu() for name, value in model.state_dict().items()}
+    save_atomically({"model": state, "xlearner": description}, path)
+
+
+def _plain_task(task: TaskSpec) -> dict[str, Any]:
+    return {key: list(value) if isinstance(value, tuple) else value for key, value in asdict(task).items()}

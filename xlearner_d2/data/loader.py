@@ -1,0 +1,95 @@
+"""Source-tagged batches: one pool of workers that reads every source's share of each step."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from detectron2.config import CfgNode
+from detectron2.data import DatasetFromList, build_detection_test_loader
+from detectron2.utils import comm
+from torch.utils.data import DataLoader, Dataset
+
+from ..specs import SourceSpec
+from .mappers import Record, SourceMapper, build_mapper
+from .samplers import Draw, JointSampler
+
+
+class JointDataset(Dataset[Record]):
+    """Records of all sources, mapped when drawn.
+
+    Args:
+        records: by source; serialised once (Detectron2), so that worker processes share rather than copy them.
+        mappers: by source.
+    """
+
+    def __init__(self, *, records: Mapping[str, Sequence[Record]], mappers: Mapping[str, SourceMapper]):
+        self.records = {source: DatasetFromList(list(found), copy=False) for source, found in records.items()}
+        self.mappers = dict(mappers)
+
+    def __getitem__(self, draw: Draw) -> Record:
+        return self.mappers[draw.source](self.records[draw.source][draw.index], draw.seed)
+
+
+def group_by_source(batch: Sequence[Record]) -> dict[str, list[Record]]:
+    """``{source: mapped records}``, sources in the order they were drawn in."""
+    grouped: dict[str, list[Record]] = {}
+    for record in batch:
+        grouped.setdefault(record["source"], []).append(record)
+    return grouped
+
+
+def build_joint_train_loader(
+    sources: Sequence[SourceSpec],
+    heads: Mapping[str, CfgNode],
+    records: Mapping[str, Sequence[Record]],
+    *,
+    seed: int,
+    start: int = 0,
+    num_workers: int = 2,
+) -> DataLoader[Any]:
+    """An endless loader of ``{source: list of mapped records}``, each with every source's share for this worker.
+
+    Args:
+        heads: config of each source's head, which decides its augmentation.
+        records: by source, its training records.
+        seed: decides the order and the augmentation of every image, whatever ``num_workers`` is.
+        start: first step to give, when resuming.
+    """
+    sampler = JointSampler(
+        sizes={source.name: len(records[source.name]) for source in sources},
+        batch_sizes={source.name: source.ims_per_batch for source in sources},
+        seed=seed,
+        start=start,
+        rank=comm.get_rank(),
+        world_size=comm.get_world_size(),
+    )
+    mappers = {s.name: SourceMapper(s.name, build_mapper(heads[s.name], is_train=True)) for s in sources}
+    return DataLoader(
+        JointDataset(records=records, mappers=mappers),
+        batch_sampler=sampler,
+        collate_fn=group_by_source,
+        num_workers=num_workers,
+        worker_init_fn=_use_one_thread,
+        pin_memory=False,
+        prefetch_factor=4 if num_workers else None,
+    )
+
+
+def _use_one_thread(_worker: int) -> None:
+    # Several workers with several threads each would fight over the processors that training needs.
+    import cv2
+
+    torch.set_num_threads(1)
+    cv2.setNumThreads(0)
+
+
+def build_test_loader(
+    head: CfgNode, records: Sequence[Record], *, batch_size: int = 1, num_workers: int = 2
+) -> DataLoader[Any]:
+    """Each worker's contiguous share of ``records``, in order, mapped for inference."""
+    return build_detection_test_loader(
+        list(records),
+        mapper=build_mapper(head, is_train=False),
+        batch_size=batch_size,
+        num_workers=num_workers,
+    )

@@ -1,0 +1,168 @@
+"""Everything a run needs, validated as a whole before anything is trained or written."""
+
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from detectron2.config import CfgNode
+from detectron2.utils import comm
+
+from ..config import SHARING, STAGES
+from ..data.sources import SourceData, load_sources, register_sources
+from ..modeling.distill import DISTANCES, NORMALISERS
+from ..modeling.expanded import STAGES as RESNET_STAGES
+from ..modeling.heads import derive_tasks, head_config
+from ..specs import ConfigError, SourceSpec, TaskSpec, nearest, parse_sources
+
+#: What the expand stage leaves in OUTPUT_DIR, and what squeeze starts from.
+EXPANDED_FILE = "expanded.pth"
+#: What the squeeze stage leaves in OUTPUT_DIR.
+STUDENT_FILE = "student_d2.pth"
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A validated run.
+
+    Attributes:
+        cfg: the project's config, frozen, scaled to the number of workers.
+        sources: in the order of the config.
+        heads: the Detectron2 config of each source's head, by source.
+        tasks: the branches.
+        data: the records of each source, by source.
+    """
+
+    cfg: CfgNode
+    sources: tuple[SourceSpec, ...]
+    heads: Mapping[str, CfgNode]
+    tasks: tuple[TaskSpec, ...]
+    data: Mapping[str, SourceData]
+
+    @property
+    def stages(self) -> tuple[str, ...]:
+        """The stages to run, in order."""
+        return ("expand", "squeeze") if self.cfg.XLEARNER.STAGE == "all" else (self.cfg.XLEARNER.STAGE,)
+
+    def stage_dir(self, stage: str) -> Path:
+        """Where a stage keeps its checkpoints and logs."""
+        return Path(self.cfg.OUTPUT_DIR) / stage
+
+
+@contextmanager
+def _collect(problems: list[str]) -> Iterator[None]:
+    """Add the problems of a ConfigError to a list and go on."""
+    try:
+        yield
+    except ConfigError as error:
+        problems += error.problems
+
+
+def _one_of(key: str, value: str, known: object) -> list[str]:
+    names = list(known)  # type: ignore[call-overload]
+    return [] if value in names else [f"XLEARNER.{key} is {value!r}.{nearest(value, names)}"]
+
+
+def _check_squeeze(cfg: CfgNode) -> list[str]:
+    squeeze = cfg.XLEARNER.SQUEEZE
+    problems = _one_of("SQUEEZE.DISTANCE", squeeze.DISTANCE, DISTANCES)
+    problems += _one_of("SQUEEZE.NORMALISER", squeeze.NORMALISER, NORMALISERS)
+    for stage in squeeze.STAGES:
+        problems += _one_of("SQUEEZE.STAGES", stage, RESNET_STAGES)
+    if len(squeeze.STAGES) != len(squeeze.STAGE_WEIGHTS):
+        problems.append(
+            f"XLEARNER.SQUEEZE.STAGE_WEIGHTS has {len(squeeze.STAGE_WEIGHTS)} entries, "
+            f"but SQUEEZE.STAGES has {len(squeeze.STAGES)}."
+        )
+    if squeeze.DEPTH not in (0, 18, 34, 50, 101, 152):
+        problems.append(f"XLEARNER.SQUEEZE.DEPTH is {squeeze.DEPTH}, but 0, 18, 34, 50, 101 or 152 is expected.")
+    for key in squeeze.SOLVER:
+        if key not in cfg.SOLVER:
+            problems.append(f"XLEARNER.SQUEEZE.SOLVER has the unknown key {key!r}.{nearest(key, cfg.SOLVER)}")
+    if squeeze.TEACHER and not Path(squeeze.TEACHER).is_file():
+        problems.append(f"XLEARNER.SQUEEZE.TEACHER: there is no file {squeeze.TEACHER}.")
+    return problems
+
+
+def _check_settings(cfg: CfgNode) -> list[str]:
+    problems = _one_of("STAGE", cfg.XLEARNER.STAGE, STAGES)
+    problems += _one_of("SHARING", cfg.XLEARNER.SHARING, SHARING)
+    for stage in cfg.XLEARNER.RECONCILIATION.STAGES:
+        problems += _one_of("RECONCILIATION.STAGES", stage, RESNET_STAGES)
+    if cfg.MODEL.DEVICE.startswith("cuda") and not torch.cuda.is_available():
+        problems.append(f"MODEL.DEVICE is {cfg.MODEL.DEVICE!r}, but this machine has no usable GPU. Set it to cpu.")
+    if cfg.MODEL.WEIGHTS and "://" not in cfg.MODEL.WEIGHTS and not Path(cfg.MODEL.WEIGHTS).is_file():
+        problems.append(f"MODEL.WEIGHTS: there is no file {cfg.MODEL.WEIGHTS}.")
+    return problems + _check_squeeze(cfg)
+
+
+def check_output(plan: Plan, *, resume: bool) -> None:
+    """See that a run would overwrite nothing and, if it squeezes alone, that it has a teacher.
+
+    Raises:
+        ConfigError: naming the folder and what to do.
+    """
+    problems = []
+    for stage in plan.stages:
+        folder = plan.stage_dir(stage)
+        if not resume and folder.is_dir() and any(folder.iterdir()):
+            problems.append(f"{folder} is not empty. Add --resume to continue that run, or set another OUTPUT_DIR.")
+    squeeze = plan.cfg.XLEARNER.SQUEEZE
+    if plan.stages == ("squeeze",) and not squeeze.TEACHER and not expanded_file(plan.cfg).is_file():
+        problems.append(
+            f"There is no teacher {expanded_file(plan.cfg)}: run XLEARNER.STAGE expand first, "
+            "or set XLEARNER.SQUEEZE.TEACHER to an expanded checkpoint."
+        )
+    if problems:
+        raise ConfigError(problems, what="The output")
+
+
+def expanded_file(cfg: CfgNode) -> Path:
+    """The expanded checkpoint that the squeeze stage distils."""
+    return Path(cfg.XLEARNER.SQUEEZE.TEACHER or os.path.join(cfg.OUTPUT_DIR, EXPANDED_FILE))
+
+
+def scale_to_workers(cfg: CfgNode, world_size: int) -> CfgNode:
+    """Scale batches and learning rates from ``SOLVER.REFERENCE_WORLD_SIZE`` workers (0: no scaling) to these."""
+    reference = cfg.SOLVER.REFERENCE_WORLD_SIZE
+    cfg = cfg.clone()
+    cfg.defrost()
+    if cfg.MODEL.DEVICE == "cuda" and not torch.cuda.is_available():
+        cfg.MODEL.DEVICE = "cpu"
+    if reference and reference != world_size:
+        scale = world_size / reference
+        cfg.SOLVER.BASE_LR *= scale
+        if "BASE_LR" in cfg.XLEARNER.SQUEEZE.SOLVER:
+            cfg.XLEARNER.SQUEEZE.SOLVER.BASE_LR *= scale
+        for record in cfg.XLEARNER.SOURCES.values():
+            if record is not None:
+                record.IMS_PER_BATCH = round(record.get("IMS_PER_BATCH", 16) * scale)
+        cfg.SOLVER.REFERENCE_WORLD_SIZE = world_size
+    cfg.freeze()
+    return cfg
+
+
+def make_plan(cfg: CfgNode) -> Plan:
+    """Validate a config and its data.
+
+    Raises:
+        ConfigError: with all problems of the config; when it has none, with all problems of the data.
+    """
+    cfg = scale_to_workers(cfg, comm.get_world_size())
+    problems = _check_settings(cfg)
+    sources = parse_sources(cfg.XLEARNER.SOURCES, problems, world_size=comm.get_world_size())
+    with _collect(problems):
+        register_sources(cfg, sources)
+    if problems:
+        raise ConfigError(problems)
+    data = load_sources(sources, check_images=cfg.XLEARNER.CHECK_IMAGES)
+    heads = {}
+    for source in sources:
+        with _collect(problems):
+            heads[source.name] = head_config(source, cfg)
+    if problems:
+        raise ConfigError(problems)
+    tasks = derive_tasks(sources, heads)
+    return Plan(cfg=cfg, sources=tuple(sources), heads=heads, tasks=tuple(tasks), data=data)

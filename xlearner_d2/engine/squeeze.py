@@ -1,0 +1,209 @@
+"""The squeeze stage: a hook that distils the expanded backbone into a plain ResNet, and what it needs to run alone."""
+
+import logging
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from detectron2.config import CfgNode
+from detectron2.engine import HookBase, SimpleTrainer, TrainerBase, hooks
+from detectron2.modeling import build_model
+from detectron2.modeling.backbone.resnet import ResNet
+from detectron2.solver import build_lr_scheduler, build_optimizer
+from detectron2.utils import comm
+from detectron2.utils.env import seed_all_rng
+from fvcore.nn.precise_bn import update_bn_stats
+from torch import Tensor, nn
+
+from ..checkpoint.export import export_student
+from ..checkpoint.load import load_resnet, load_strictly, read_checkpoint
+from ..checkpoint.training import TrainingCheckpointer
+from ..modeling import XLearner
+from ..modeling.distill import Distiller, matched_stages
+from ..modeling.expanded import build_branch
+from .plan import STUDENT_FILE, Plan, expanded_file
+from .trainer import StepSeed, build_loader, build_step_trainer, common_hooks, resume
+
+logger = logging.getLogger(__name__)
+
+
+class SqueezeHook(HookBase):
+    """One distillation step after each step of whatever trainer it is attached to; at the end, export the student.
+
+    The step itself is Detectron2's own trainer, with its mixed precision and its logging (under ``squeeze/``), around
+    a :class:`Distiller`. All state is in :meth:`state_dict`, so the outer trainer's checkpoints hold it.
+
+    Args:
+        trainer: steps a distiller with an optimiser and batches of its own.
+        scheduler: of that optimiser's learning rate, stepped once a step.
+        recalibration: batches ``{source: records}`` over which the student's BN statistics are estimated at the end.
+        recalibration_steps: how many; 0 keeps the running averages.
+        export: called with the student at the end.
+    """
+
+    def __init__(
+        self,
+        *,
+        trainer: SimpleTrainer,
+        scheduler: Any,
+        recalibration: Iterable[Any],
+        recalibration_steps: int,
+        export: Any,
+    ):
+        self.inner = trainer
+        self.scheduler = scheduler
+        self.recalibration = recalibration
+        self.recalibration_steps = recalibration_steps
+        self.export = export
+
+    @property
+    def distiller(self) -> Distiller:
+        model = self.inner.model
+        return getattr(model, "module", model)
+
+    def after_step(self) -> None:
+        self.inner.iter = self.trainer.iter
+        with self.trainer.storage.name_scope("squeeze"):
+            self.trainer.storage.put_scalar("lr", self.inner.optimizer.param_groups[0]["lr"], smoothing_hint=False)
+            self.inner.run_step()
+        self.scheduler.step()
+
+    def after_train(self) -> None:
+        if self.trainer.iter < self.trainer.max_iter:
+            return  # stopped early: the checkpoint holds the state, there is nothing to export yet
+        recalibrate(self.distiller, self.recalibration, self.recalibration_steps)
+        if comm.is_main_process():
+            self.export(self.distiller.student)
+        comm.synchronize()
+
+    def state_dict(self) -> dict[str, Any]:
+        trainer = self.inner.state_dict()
+        trainer.pop("iteration")
+        return {"distiller": self.distiller.state_dict(), "scheduler": self.scheduler.state_dict(), **trainer}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        load_strictly(self.distiller, state["distiller"], path="the squeeze stage's checkpoint")
+        self.scheduler.load_state_dict(state["scheduler"])
+        trainer = {key: value for key, value in state.items() if key not in ("distiller", "scheduler")}
+        self.inner.load_state_dict({"iteration": 0, **trainer})
+
+
+class HookTrainer(TrainerBase):
+    """A trainer whose hooks do all the work: the offline squeeze."""
+
+    def run_step(self) -> None:
+        """Nothing of its own."""
+
+
+@torch.no_grad()
+def recalibrate(distiller: Distiller, batches: Iterable[Any], steps: int) -> None:
+    """Replace the running averages of the student's BN by its statistics over ``steps`` batches of the source mix."""
+    if not steps:
+        return
+    training = distiller.training
+    distiller.student.train()
+
+    def images() -> Iterator[Tensor]:
+        for batch in batches:
+            yield from distiller.image_groups(batch)
+
+    with distiller.teacher.autocast():
+        update_bn_stats(distiller.student, images(), steps)
+    distiller.train(training)
+
+
+def student_config(cfg: CfgNode) -> CfgNode:
+    """The project's config with the student's depth in ``MODEL.RESNETS``."""
+    cfg = cfg.clone()
+    cfg.defrost()
+    depth = cfg.XLEARNER.SQUEEZE.DEPTH
+    if depth:
+        cfg.MODEL.RESNETS.DEPTH = depth
+        cfg.MODEL.RESNETS.RES2_OUT_CHANNELS = 64 if depth < 50 else 256
+    cfg.MODEL.RESNETS.OUT_FEATURES = ["res2", "res3", "res4", "res5"]
+    return cfg
+
+
+def build_student(plan: Plan, teacher: XLearner) -> ResNet:
+    """A plain ResNet with the deepest stage that any branch has, started as ``XLEARNER.SQUEEZE.INIT`` says."""
+    cfg = student_config(plan.cfg)
+    features = {stage for task in teacher.backbone.tasks for stage in teacher.backbone.output_shape(task)}
+    dilation = max(task.res5_dilation for task in plan.tasks)
+    student = build_branch(cfg, out_features=sorted(features), res5_dilation=dilation)
+    start = cfg.XLEARNER.SQUEEZE.INIT
+    if start in teacher.backbone.tasks:
+        branch = teacher.backbone.branches[teacher.backbone.branch_of[start]]
+        load_strictly(student, branch.state_dict(), path=f"of branch {start} (XLEARNER.SQUEEZE.INIT)")
+    elif start != "random":
+        logger.info(f"Starting the student from {start}: {load_resnet(student, start)}.")
+    return student
+
+
+def squeeze_config(cfg: CfgNode) -> CfgNode:
+    """The project's config with ``XLEARNER.SQUEEZE.SOLVER`` merged into ``SOLVER``."""
+    cfg = cfg.clone()
+    cfg.defrost()
+    cfg.SOLVER.merge_from_list([item for pair in cfg.XLEARNER.SQUEEZE.SOLVER.items() for item in pair])
+    return cfg
+
+
+def build_squeeze_hook(plan: Plan, teacher: XLearner, batches: Iterable[Any], *, max_iter: int) -> SqueezeHook:
+    """A hook that squeezes ``teacher`` with ``batches``, over ``max_iter`` steps.
+
+    Args:
+        teacher: frozen, or (online) still being trained.
+        batches: an iterable of ``{source: records}``.
+    """
+    cfg = squeeze_config(plan.cfg)
+    cfg.SOLVER.MAX_ITER = max_iter
+    squeeze = cfg.XLEARNER.SQUEEZE
+    distiller = Distiller(
+        student=build_student(plan, teacher),
+        teacher=teacher,
+        stage_weights=matched_stages(squeeze.STAGES, squeeze.STAGE_WEIGHTS),
+        normaliser=squeeze.NORMALISER,
+        distance=squeeze.DISTANCE,
+    )
+    optimizer = build_optimizer(cfg, distiller)
+    path = Path(cfg.OUTPUT_DIR) / STUDENT_FILE
+
+    def export(student: nn.Module) -> None:
+        export_student(student, student_config(plan.cfg), path)
+        logger.info(f"The student is in {path}: give it to MODEL.WEIGHTS of any Detectron2 config of its depth.")
+
+    return SqueezeHook(
+        trainer=build_step_trainer(cfg, distiller, batches, optimizer),
+        scheduler=build_lr_scheduler(cfg, optimizer),
+        recalibration=build_loader(plan, seed_offset=1),
+        recalibration_steps=squeeze.BN_RECALIBRATION_STEPS,
+        export=export,
+    )
+
+
+def load_teacher(plan: Plan) -> XLearner:
+    """The expanded model of an earlier stage, loaded strictly and frozen."""
+    path = expanded_file(plan.cfg)
+    model = build_model(plan.cfg)
+    logger.info(f"The teacher is {path}: {load_strictly(model, read_checkpoint(path)['model'], path=path)}.")
+    return model.freeze()
+
+
+def squeeze(plan: Plan, *, resume_run: bool) -> None:
+    """Distil the expanded model of this run, or of ``XLEARNER.SQUEEZE.TEACHER``, and export the student."""
+    folder = plan.stage_dir("squeeze")
+    if resume_run and (Path(plan.cfg.OUTPUT_DIR) / STUDENT_FILE).is_file():
+        logger.info("The squeeze stage is done already.")
+        return
+    seed_all_rng(max(plan.cfg.SEED, 0))
+    teacher = load_teacher(plan)
+    max_iter = squeeze_config(plan.cfg).SOLVER.MAX_ITER
+    loader = build_loader(plan)
+    hook = build_squeeze_hook(plan, teacher, loader, max_iter=max_iter)
+    trainer = HookTrainer()
+    trainer.register_hooks([StepSeed(max(plan.cfg.SEED, 0)), hooks.IterationTimer(), hook])
+    checkpointer = TrainingCheckpointer(hook.distiller.student, str(folder), trainer=trainer)
+    trainer.register_hooks(common_hooks(plan.cfg, checkpointer, folder))
+    start = resume(trainer, checkpointer, wanted=resume_run)
+    loader.batch_sampler.start = start
+    trainer.train(start, max_iter)

@@ -1,0 +1,166 @@
+"""The expand stage: assemble Detectron2's trainer around the expanded model, and run it."""
+
+import logging
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from detectron2.config import CfgNode
+from detectron2.engine import AMPTrainer, HookBase, SimpleTrainer, TrainerBase, hooks
+from detectron2.engine.defaults import default_writers
+from detectron2.modeling import build_model
+from detectron2.solver import build_lr_scheduler, build_optimizer
+from detectron2.utils import comm
+from detectron2.utils.env import seed_all_rng
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils.data import DataLoader
+
+from ..checkpoint.export import save_expanded
+from ..checkpoint.load import load_resnet, load_strictly, read_checkpoint
+from ..checkpoint.training import TrainingCheckpointer
+from ..data.loader import build_joint_train_loader
+from ..modeling import XLearner
+from .evaluate import evaluate_sources
+from .plan import EXPANDED_FILE, Plan
+
+logger = logging.getLogger(__name__)
+
+
+class StepSeed(HookBase):
+    """Seed every random generator at the start of each step, from the run's seed, the step and the rank.
+
+    Proposal sampling, dropout and mixup then draw the same numbers whether the run was interrupted or not.
+    """
+
+    def __init__(self, seed: int):
+        self.seed = seed
+
+    def before_step(self) -> None:
+        seed_all_rng((self.seed * 1_000_003 + self.trainer.iter * 10_007 + comm.get_rank()) % 2**31)
+
+
+class LatestBatch:
+    """A loader that remembers the batch it gave last, for a hook that wants to learn from it as well."""
+
+    def __init__(self, loader: DataLoader[Any]):
+        self.loader = loader
+        self.batch: Any = None
+
+    def __iter__(self) -> Iterator[Any]:
+        for self.batch in self.loader:
+            yield self.batch
+
+    def again(self) -> Iterator[Any]:
+        """Endlessly the batch that is current when asked."""
+        while True:
+            yield self.batch
+
+
+def distributed(model: nn.Module) -> nn.Module:
+    """Wrap for gradient averaging when there are several workers; on CPUs too, where Detectron2's helper fails."""
+    if comm.get_world_size() == 1:
+        return model
+    devices = [comm.get_local_rank()] if next(model.parameters()).is_cuda else None
+    return DistributedDataParallel(model, device_ids=devices, broadcast_buffers=False)
+
+
+def build_step_trainer(cfg: CfgNode, model: nn.Module, loader: Any, optimizer: torch.optim.Optimizer) -> SimpleTrainer:
+    """Detectron2's trainer for one model: with mixed precision and loss scaling on GPUs where AMP is on."""
+    on_gpu = next(model.parameters()).is_cuda
+    kind = AMPTrainer if cfg.SOLVER.AMP.ENABLED and on_gpu else SimpleTrainer
+    return kind(distributed(model), loader, optimizer)
+
+
+def build_loader(plan: Plan, *, seed_offset: int = 0) -> DataLoader[Any]:
+    """The joint training loader of a plan, from its first step."""
+    return build_joint_train_loader(
+        plan.sources,
+        plan.heads,
+        {name: data.train for name, data in plan.data.items()},
+        seed=max(plan.cfg.SEED, 0) + seed_offset,
+        num_workers=plan.cfg.DATALOADER.NUM_WORKERS,
+    )
+
+
+def initialise_branches(model: XLearner, weights: str) -> None:
+    """Start from ``MODEL.WEIGHTS``: an expanded checkpoint as a whole, or any ResNet in every branch."""
+    if not weights:
+        return
+    checkpoint = read_checkpoint(weights)
+    if "xlearner" in checkpoint and "tasks" in checkpoint["xlearner"]:
+        logger.info(f"Starting from the expanded model {weights}: {load_strictly(model, checkpoint['model'], path=weights)}.")
+        return
+    for name, branch in model.backbone.branches.items():
+        logger.info(f"Starting branch {name} from {weights}: {load_resnet(branch, weights)}.")
+
+
+def resume(trainer: TrainerBase, checkpointer: TrainingCheckpointer, *, wanted: bool) -> int:
+    """Load the last checkpoint when it is wanted and there is one; return the step to start with."""
+    if not wanted or not checkpointer.has_checkpoint():
+        return 0
+    checkpointer.load(checkpointer.get_checkpoint_file())
+    logger.info(f"Resuming after step {trainer.iter} of {checkpointer.save_dir}.")
+    return trainer.iter + 1
+
+
+def common_hooks(cfg: CfgNode, checkpointer: TrainingCheckpointer, folder: Path) -> list[HookBase]:
+    """Hooks that close a stage's list: checkpoints, then writers, which report what all others logged."""
+    if not comm.is_main_process():
+        return []
+    period = cfg.SOLVER.CHECKPOINT_PERIOD
+    writers = default_writers(str(folder))
+    return [
+        hooks.PeriodicCheckpointer(checkpointer, period, max_to_keep=2),
+        hooks.PeriodicWriter(writers, period=20),
+    ]
+
+
+def finished(plan: Plan, stage: str, result: str) -> bool:
+    """Whether an earlier run of the stage left its result."""
+    return (Path(plan.cfg.OUTPUT_DIR) / result).is_file() and plan.stage_dir(stage).is_dir()
+
+
+def expand(plan: Plan, *, resume_run: bool) -> XLearner:
+    """Train all branches, reconciliation layers and heads; save ``expanded.pth``; return the trained model."""
+    cfg, folder = plan.cfg, plan.stage_dir("expand")
+    seed_all_rng(max(cfg.SEED, 0))
+    model = build_model(cfg).to(memory_format=torch.channels_last if cfg.XLEARNER.CHANNELS_LAST else None)
+    path = Path(cfg.OUTPUT_DIR) / EXPANDED_FILE
+    if resume_run and finished(plan, "expand", EXPANDED_FILE):
+        logger.info(f"The expand stage is done already: {path}.")
+        load_strictly(model, read_checkpoint(path)["model"], path=path)
+        return model
+    initialise_branches(model, cfg.MODEL.WEIGHTS)
+    loader = build_loader(plan)
+    latest = LatestBatch(loader)
+    optimizer = build_optimizer(cfg, model)
+    trainer = build_step_trainer(cfg, model, latest, optimizer)
+    trainer.register_hooks(
+        [
+            StepSeed(max(cfg.SEED, 0)),  # first: everything after it may draw random numbers
+            hooks.IterationTimer(),
+            hooks.LRScheduler(optimizer, build_lr_scheduler(cfg, optimizer)),
+            *_online_squeeze(plan, model, latest),  # learns from the branches as this step left them
+            hooks.EvalHook(cfg.TEST.EVAL_PERIOD, lambda: evaluate_sources(model, plan), eval_after_train=False),
+        ]
+    )
+    checkpointer = TrainingCheckpointer(model, str(folder), trainer=trainer)
+    trainer.register_hooks(common_hooks(cfg, checkpointer, folder))
+    start = resume(trainer, checkpointer, wanted=resume_run)
+    loader.batch_sampler.start = start
+    trainer.train(start, cfg.SOLVER.MAX_ITER)
+    if comm.is_main_process():
+        save_expanded(model, cfg, plan.tasks, path)
+        logger.info(f"The expanded model is in {path}.")
+    comm.synchronize()
+    return model
+
+
+def _online_squeeze(plan: Plan, model: XLearner, latest: LatestBatch) -> list[HookBase]:
+    if not plan.cfg.XLEARNER.SQUEEZE.ONLINE:
+        return []
+    from .squeeze import build_squeeze_hook
+
+    return [build_squeeze_hook(plan, model, latest.again(), max_iter=plan.cfg.SOLVER.MAX_ITER)]

@@ -1,0 +1,244 @@
+"""The squeeze loss: hints from every branch, at every stage, to one plain ResNet.
+
+Not known from the paper; the loss, the normalisation and the projectors are our choice (docs/RESULTS.md has the
+measurements). Everything here but the student is used in training only.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+
+import torch
+from detectron2.layers import ShapeSpec
+from detectron2.modeling.backbone.resnet import ResNet
+from detectron2.utils import comm
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from .expanded import inference_mode_norm
+from .xlearner import SourceBatches, XLearner
+
+
+class Standardiser(nn.Module):
+    """Per-channel standardisation by running mean and variance of the teacher's features.
+
+    The statistics are the plain average over the first ``1 / min_momentum`` batches and an exponential one after
+    that, so they settle for a frozen teacher and follow one that is still trained. Ranks are averaged.
+
+    Args:
+        channels: of the features.
+        min_momentum: weight of a new batch in the long run.
+        eps: added to the variance.
+    """
+
+    def __init__(self, channels: int, *, min_momentum: float = 0.01, eps: float = 1e-5):
+        super().__init__()
+        self.min_momentum = min_momentum
+        self.eps = eps
+        self.register_buffer("mean", torch.zeros(channels))
+        self.register_buffer("var", torch.ones(channels))
+        self.register_buffer("num_batches", torch.zeros((), dtype=torch.long))
+
+    @torch.no_grad()
+    def update(self, features: Tensor) -> None:
+        """Take features (N, C, H, W) float32 into account."""
+        var, mean = torch.var_mean(features, dim=(0, 2, 3), correction=0)
+        if comm.get_world_size() > 1:
+            second = var + mean**2
+            for value in (mean, second):
+                torch.distributed.all_reduce(value)
+                value /= comm.get_world_size()
+            var = second - mean**2
+        self.num_batches += 1
+        momentum = (1.0 / self.num_batches).clamp(min=self.min_momentum)
+        delta = mean - self.mean
+        self.mean += momentum * delta
+        # The variance of a mixture: what the batches have within them, and what their means have between them.
+        self.var += momentum * (var - self.var + (1 - momentum) * delta**2)
+
+    def forward(self, features: Tensor) -> Tensor:
+        """Standardised features, same shape."""
+        shift, scale = self.mean.view(-1, 1, 1), (self.var + self.eps).rsqrt().view(-1, 1, 1)
+        return (features - shift) * scale
+
+
+class PHIStandardiser(Standardiser):
+    """PHI-S: rotate so that all channels have equal variance, then scale all by one number.
+
+    Source: Ranzinger et al., "PHI-S: Distribution Balancing for Label-Free Multi-Teacher Distillation" (2024). The
+    rotation is computed after 1, 2, 4, … batches up to ``last_update``, and stays from then on, as the projector has
+    to learn it. The number of channels must be a power of two, as Hadamard matrices of Sylvester's kind have.
+    """
+
+    def __init__(self, channels: int, *, last_update: int = 32):
+        from scipy.linalg import hadamard
+
+        super().__init__(channels)
+        self.last_update = last_update
+        self.register_buffer("cov", torch.eye(channels))
+        self.register_buffer("rotation", torch.eye(channels))
+        basis = torch.from_numpy(hadamard(channels)).float() / channels**0.5
+        self.register_buffer("hadamard", basis, persistent=False)
+
+    @torch.no_grad()
+    def update(self, features: Tensor) -> None:
+        """Take features (N, C, H, W) float32 into account, until the rotation is settled."""
+        if self.num_batches >= self.last_update:
+            return
+        super().update(features)
+        points = features.movedim(1, -1).flatten(0, -2) - self.mean  # (N*H*W, C)
+        cov = points.T @ points / len(points)
+        if comm.get_world_size() > 1:
+            torch.distributed.all_reduce(cov)
+            cov /= comm.get_world_size()
+        self.cov += (cov - self.cov) / self.num_batches
+        if int(self.num_batches).bit_count() == 1:
+            values, vectors = torch.linalg.eigh(self.cov)
+            scale = values.clamp(min=0).mean().clamp(min=self.eps).rsqrt()
+            self.rotation.copy_(scale * self.hadamard @ vectors.T)
+
+    def forward(self, features: Tensor) -> Tensor:
+        """Rotated and scaled features, same shape."""
+        return F.conv2d(features - self.mean.view(-1, 1, 1), self.rotation[:, :, None, None])
+
+
+class L2Normaliser(nn.Module):
+    """Features of each position divided by their L2 norm, times the root of the number of channels."""
+
+    def update(self, features: Tensor) -> None:
+        """Nothing to learn."""
+
+    def forward(self, features: Tensor) -> Tensor:
+        """Normalised features, same shape (N, C, H, W)."""
+        return F.normalize(features, dim=1) * features.shape[1] ** 0.5
+
+
+class NoNormaliser(nn.Module):
+    """Features as they are."""
+
+    def update(self, features: Tensor) -> None:
+        """Nothing to learn."""
+
+    def forward(self, features: Tensor) -> Tensor:
+        """The same tensor."""
+        return features
+
+
+NORMALISERS: dict[str, Callable[[int], nn.Module]] = {
+    "standardise": Standardiser,
+    "phi_s": PHIStandardiser,
+    "l2": lambda channels: L2Normaliser(),
+    "none": lambda channels: NoNormaliser(),
+}
+
+
+def _cosine(hint: Tensor, target: Tensor) -> Tensor:
+    return 1 - F.cosine_similarity(hint, target, dim=1).mean()
+
+
+#: name -> distance of a projected student feature and a normalised teacher feature, both (N, C, H, W) -> scalar
+DISTANCES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "cosine_smooth_l1": lambda hint, target: 0.5 * _cosine(hint, target) + 0.5 * F.smooth_l1_loss(hint, target),
+    "mse": F.mse_loss,
+    "cosine": _cosine,
+    "smooth_l1": F.smooth_l1_loss,
+}
+
+
+class Distiller(nn.Module):
+    """Trains the student to predict every branch's features, for the images of every source; no label is needed.
+
+    The teacher belongs to the caller: it is in no state dict of this module, gets no gradient, and its statistics
+    stay as they are even while it is being trained itself.
+
+    Args:
+        student: the plain ResNet that will be exported.
+        teacher: the expanded model.
+        stage_weights: by stage, the weight of its hints.
+        normaliser: a key of ``NORMALISERS``.
+        distance: a key of ``DISTANCES``.
+    """
+
+    def __init__(
+        self,
+        *,
+        student: ResNet,
+        teacher: XLearner,
+        stage_weights: Mapping[str, float],
+        normaliser: str = "standardise",
+        distance: str = "cosine_smooth_l1",
+    ):
+        super().__init__()
+        self.student = student
+        self._teacher = (teacher,)  # a tuple hides it from nn.Module's registration
+        self.stage_weights = dict(stage_weights)
+        self.distance = DISTANCES[distance]
+        shapes = {task: teacher.backbone.output_shape(task) for task in teacher.backbone.tasks}
+        self.projectors = self._per_hint(shapes, self._projector)
+        self.normalisers = self._per_hint(shapes, lambda stage, shape: NORMALISERS[normaliser](shape.channels))
+        self.to(teacher.device)
+        self.to(memory_format=teacher.backbone.memory_format)
+
+    def _per_hint(
+        self, shapes: Mapping[str, Mapping[str, ShapeSpec]], make: Callable[[str, ShapeSpec], nn.Module]
+    ) -> nn.ModuleDict:
+        """One module per task and matched stage that the task's branch offers."""
+        return nn.ModuleDict(
+            {
+                task: nn.ModuleDict({stage: make(stage, of[stage]) for stage in self.stage_weights if stage in of})
+                for task, of in shapes.items()
+            }
+        )
+
+    def _projector(self, stage: str, shape: ShapeSpec) -> nn.Module:
+        own = self.student.output_shape()[stage]
+        if own.stride != shape.stride:
+            message = f"XLEARNER.SQUEEZE: the student's {stage} has stride {own.stride}, but a branch's {shape.stride}."
+            raise ValueError(message)
+        return nn.Conv2d(own.channels, shape.channels, kernel_size=1)
+
+    @property
+    def teacher(self) -> XLearner:
+        return self._teacher[0]
+
+    def forward(self, batches: SourceBatches) -> dict[str, Tensor]:
+        """``{"loss_hint_<task>": scalar}``, averaged over all images of the step."""
+        with self.teacher.autocast():
+            losses = {f"loss_hint_{task}": [] for task in self.projectors}
+            groups = self.image_groups(batches)
+            total = sum(len(images) for images in groups)
+            for images in groups:
+                for task, loss in self._hint_losses(images).items():
+                    losses[f"loss_hint_{task}"].append(loss * (len(images) / total))
+            return {name: torch.stack(parts).sum() for name, parts in losses.items()}
+
+    def image_groups(self, batches: SourceBatches) -> list[Tensor]:
+        """Normalised images of all sources, those of one size together.
+
+        Together, because the student's batch statistics should be those of the mix it will be used on.
+        """
+        by_size: dict[torch.Size, list[Tensor]] = {}
+        for inputs in batches.values():
+            images = self.teacher.preprocess(inputs)
+            by_size.setdefault(images.shape[1:], []).append(images)
+        return [torch.cat(images) for images in by_size.values()]
+
+    def _hint_losses(self, images: Tensor) -> dict[str, Tensor]:
+        with torch.no_grad(), inference_mode_norm(self.teacher.backbone):
+            targets = self.teacher.backbone.forward_all(images)
+        features = self.student(images.contiguous(memory_format=self.teacher.backbone.memory_format))
+        losses = {}
+        for task, projectors in self.projectors.items():
+            parts = []
+            for stage, projector in projectors.items():
+                target = targets[task][stage].float()
+                normaliser = self.normalisers[task][stage]
+                if self.training:
+                    normaliser.update(target)
+                hint = projector(features[stage]).float()
+                parts.append(self.stage_weights[stage] * self.distance(hint, normaliser(target)))
+            losses[task] = torch.stack(parts).sum()
+        return losses
+
+
+def matched_stages(stages: Sequence[str], weights: Sequence[float]) -> dict[str, float]:
+    """Weights by stage, without the stages of weight zero."""
+    return {stage: weight for stage, weight in zip(stages, weights, strict=True) if weight}

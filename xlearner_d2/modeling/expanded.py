@@ -1,0 +1,210 @@
+"""The expanded backbone: one ResNet branch per task, joined by reconciliation layers, and views of its branches."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+
+import torch
+from detectron2.config import CfgNode
+from detectron2.layers import ShapeSpec
+from detectron2.modeling import Backbone
+from detectron2.modeling.backbone.resnet import ResNet, build_resnet_backbone
+from torch import Tensor, nn
+
+from ..specs import TaskSpec
+from .reconciliation import Features, Reconciliation
+
+#: Name of the one branch of SHARING "shared".
+TRUNK = "trunk"
+STAGES = ("res2", "res3", "res4", "res5")
+
+
+@contextmanager
+def inference_mode_norm(module: nn.Module) -> Iterator[None]:
+    """Run ``module`` with its running statistics, and leave them as they are."""
+    training = [child for child in module.modules() if child.training]
+    for child in training:
+        child.training = False
+    try:
+        yield
+    finally:
+        for child in training:
+            child.training = True
+
+
+class ExpandedBackbone(nn.Module):
+    """Branches by task, and what each receives from the others.
+
+    For images of task ``t``, each other branch computes its own, un-reconciled stages as deep as some layer reads
+    them, with its running BN statistics. Branch ``t`` computes its stages one by one and adds to each the reconciled
+    features of the others.
+
+    Args:
+        branches: one plain ResNet per branch.
+        branch_of: the branch of each task; several tasks may name one branch (SHARING "shared").
+        reconciliation: layers into a branch, by branch name; a branch without an entry receives nothing.
+        detach: the others compute without gradient (SHARING "detached"), so a source's loss moves its own branch only.
+        channels_last: memory format of the images given to the branches.
+    """
+
+    def __init__(
+        self,
+        *,
+        branches: Mapping[str, ResNet],
+        branch_of: Mapping[str, str],
+        reconciliation: Mapping[str, Reconciliation],
+        detach: bool = True,
+        channels_last: bool = True,
+    ):
+        super().__init__()
+        self.branches = nn.ModuleDict(branches)
+        self.reconciliation = nn.ModuleDict(reconciliation)
+        self.branch_of = dict(branch_of)
+        self.detach = detach
+        self.memory_format = torch.channels_last if channels_last else torch.contiguous_format
+        self.to(memory_format=self.memory_format)
+
+    @property
+    def tasks(self) -> tuple[str, ...]:
+        return tuple(self.branch_of)
+
+    def output_shape(self, task: str) -> dict[str, ShapeSpec]:
+        """Channels and stride of each stage that the task's branch offers."""
+        return self.branches[self.branch_of[task]].output_shape()
+
+    def forward(self, images: Tensor, task: str) -> dict[str, Tensor]:
+        """Features of normalised images (N, 3, H, W) from the task's branch, by stage, stride as in output_shape."""
+        images = images.contiguous(memory_format=self.memory_format)
+        name = self.branch_of[task]
+        return self._main(name, images, self._auxiliary(images, self._sources_of(name)))
+
+    def forward_all(self, images: Tensor) -> dict[str, dict[str, Tensor]]:
+        """Features of the same images from every task's branch; what the branches send is computed once."""
+        images = images.contiguous(memory_format=self.memory_format)
+        needed = {source: deepest for name in self.branches for source, deepest in self._sources_of(name).items()}
+        aux = self._auxiliary(images, needed)
+        features = {name: self._main(name, images, aux) for name in self.branches}
+        return {task: features[name] for task, name in self.branch_of.items()}
+
+    def _sources_of(self, name: str) -> dict[str, str]:
+        """Auxiliary branches of one branch, and the deepest of their stages that is read."""
+        if name not in self.reconciliation:
+            return {}
+        layers = self.reconciliation[name].layers
+        return {aux: max(key.split("_to_")[0] for key in keys) for aux, keys in layers.items() if len(keys)}
+
+    def _auxiliary(self, images: Tensor, deepest: Mapping[str, str]) -> dict[str, Features]:
+        """Un-reconciled features of the auxiliary branches, by branch and stage."""
+        # autocast keeps one low-precision copy of each weight; one made without gradient must not be met again
+        # where the same branch is trained by another source of the step.
+        device = images.device.type
+        uncached = torch.autocast(
+            device,
+            dtype=torch.get_autocast_dtype(device),
+            enabled=torch.is_autocast_enabled(device),
+            cache_enabled=not self.detach,
+        )
+        with torch.set_grad_enabled(torch.is_grad_enabled() and not self.detach), uncached:
+            return {name: self._plain(name, images, stage) for name, stage in deepest.items()}
+
+    def _plain(self, name: str, images: Tensor, deepest: str) -> Features:
+        branch = self.branches[name]
+        features: dict[str, Tensor] = {}
+        with inference_mode_norm(branch):
+            x = branch.stem(images)
+            for stage in branch.stage_names:
+                if stage > deepest:
+                    break
+                features[stage] = x = getattr(branch, stage)(x)
+        return features
+
+    def _main(self, name: str, images: Tensor, aux: Mapping[str, Features]) -> dict[str, Tensor]:
+        branch = self.branches[name]
+        if name not in self.reconciliation:
+            return branch(images)
+        reconcile = self.reconciliation[name]
+        outputs: dict[str, Tensor] = {}
+        x = branch.stem(images)
+        for stage in branch.stage_names:
+            x = getattr(branch, stage)(x)
+            x = reconcile(x, stage, aux)
+            if stage in branch._out_features:
+                outputs[stage] = x
+        return outputs
+
+
+class BranchView(Backbone):
+    """One task's branch, seen as a Detectron2 backbone by a source's head.
+
+    It does not own the branch: a head that holds a view has no parameters of the branch, so each tensor is in the
+    model's state dict, its optimiser and its gradient all-reduce once.
+
+    Args:
+        backbone: owner of the branch.
+        task: whose branch.
+        out_features: stages that the head reads.
+    """
+
+    def __init__(self, *, backbone: ExpandedBackbone, task: str, out_features: Sequence[str]):
+        super().__init__()
+        shapes = backbone.output_shape(task)
+        missing = [name for name in out_features if name not in shapes]
+        if missing:
+            raise ValueError(f"The branch of task {task!r} has no {missing}; it has {list(shapes)}.")
+        self._owner = (backbone,)  # a tuple hides it from nn.Module's registration
+        self.task = task
+        self._out_features = list(out_features)
+        self._out_feature_channels = {name: shapes[name].channels for name in out_features}
+        self._out_feature_strides = {name: shapes[name].stride for name in out_features}
+
+    def forward(self, x: Tensor) -> dict[str, Tensor]:
+        """Features of normalised images (N, 3, H, W), by stage."""
+        features = self._owner[0](x, self.task)
+        return {name: features[name] for name in self._out_features}
+
+
+def build_branch(cfg: CfgNode, *, out_features: Sequence[str], res5_dilation: int = 1) -> ResNet:
+    """A plain ResNet as ``cfg.MODEL.RESNETS`` describes it, with every stage up to the deepest one asked for."""
+    cfg = cfg.clone()
+    cfg.defrost()
+    cfg.MODEL.RESNETS.RES5_DILATION = res5_dilation
+    deepest = max(out_features)
+    cfg.MODEL.RESNETS.OUT_FEATURES = [stage for stage in STAGES if stage <= deepest]
+    return build_resnet_backbone(cfg, ShapeSpec(channels=len(cfg.MODEL.PIXEL_MEAN)))
+
+
+def _build_reconciliation(cfg: CfgNode, branches: Mapping[str, ResNet]) -> dict[str, Reconciliation]:
+    norm = cfg.MODEL.RESNETS.NORM
+    return {
+        name: Reconciliation(
+            shapes=branch.output_shape(),
+            aux_shapes={other: aux.output_shape() for other, aux in branches.items() if other != name},
+            stages=cfg.XLEARNER.RECONCILIATION.STAGES,
+            cross_scale=cfg.XLEARNER.RECONCILIATION.CROSS_SCALE,
+            norm="BN" if norm == "FrozenBN" else norm,
+        )
+        for name, branch in branches.items()
+    }
+
+
+def build_expanded_backbone(cfg: CfgNode, tasks: Sequence[TaskSpec]) -> ExpandedBackbone:
+    """Branches for ``tasks``, shared as ``cfg.XLEARNER.SHARING`` says."""
+    sharing = cfg.XLEARNER.SHARING
+    if sharing == "shared":
+        features = sorted({name for task in tasks for name in task.out_features})
+        dilation = max(task.res5_dilation for task in tasks)
+        branches = {TRUNK: build_branch(cfg, out_features=features, res5_dilation=dilation)}
+        branch_of = {task.name: TRUNK for task in tasks}
+    else:
+        branches = {
+            task.name: build_branch(cfg, out_features=task.out_features, res5_dilation=task.res5_dilation)
+            for task in tasks
+        }
+        branch_of = {task.name: task.name for task in tasks}
+    exchanging = sharing in ("detached", "bidirectional") and len(branches) > 1
+    return ExpandedBackbone(
+        branches=branches,
+        branch_of=branch_of,
+        reconciliation=_build_reconciliation(cfg, branches) if exchanging else {},
+        detach=sharing == "detached",
+        channels_last=cfg.XLEARNER.CHANNELS_LAST,
+    )

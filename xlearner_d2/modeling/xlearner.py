@@ -1,0 +1,121 @@
+"""The meta-architecture: an expanded backbone and one head per source."""
+
+from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
+from typing import Any
+
+import torch
+from detectron2.config import CfgNode, configurable
+from detectron2.modeling import META_ARCH_REGISTRY
+from detectron2.structures import ImageList
+from detectron2.utils.events import get_event_storage, has_event_storage
+from torch import Tensor, nn
+
+from ..specs import ConfigError, SourceSpec, parse_sources
+from .expanded import ExpandedBackbone, build_expanded_backbone
+from .heads import build_head, derive_tasks, head_config
+
+#: source name -> what its mapper made of this step's images
+SourceBatches = Mapping[str, list[dict[str, Any]]]
+
+
+@META_ARCH_REGISTRY.register()
+class XLearner(nn.Module):
+    """Train every source's head and branch in one step; each head alone is an ordinary Detectron2 model.
+
+    Args:
+        backbone: the branches and their reconciliation layers.
+        heads: by source name, a model that holds a view of its task's branch.
+        sources: name, task and loss weight of each.
+        pixel_mean, pixel_std: per-channel normalisation, one for all sources.
+        autocast_dtype: precision of forward passes where the trainer does not set one (CPUs); None: as given.
+    """
+
+    @configurable
+    def __init__(
+        self,
+        *,
+        backbone: ExpandedBackbone,
+        heads: Mapping[str, nn.Module],
+        sources: Sequence[SourceSpec],
+        pixel_mean: Sequence[float],
+        pixel_std: Sequence[float],
+        autocast_dtype: torch.dtype | None = None,
+    ):
+        super().__init__()
+        self.frozen = False
+        assert set(heads) == {source.name for source in sources}
+        self.backbone = backbone
+        self.heads = nn.ModuleDict(heads)
+        self.task_of = {source.name: source.task for source in sources}
+        self.loss_weights = {source.name: source.loss_weight for source in sources}
+        self.autocast_dtype = autocast_dtype
+        self.register_buffer("pixel_mean", torch.tensor(pixel_mean).view(-1, 1, 1), persistent=False)
+        self.register_buffer("pixel_std", torch.tensor(pixel_std).view(-1, 1, 1), persistent=False)
+
+    @classmethod
+    def from_config(cls, cfg: CfgNode) -> dict[str, Any]:
+        problems: list[str] = []
+        sources = parse_sources(cfg.XLEARNER.SOURCES, problems)
+        if problems:
+            raise ConfigError(problems)
+        configs = {source.name: head_config(source, cfg) for source in sources}
+        backbone = build_expanded_backbone(cfg, derive_tasks(sources, configs))
+        return {
+            "backbone": backbone,
+            "heads": {source.name: build_head(source, configs[source.name], backbone) for source in sources},
+            "sources": sources,
+            "pixel_mean": cfg.MODEL.PIXEL_MEAN,
+            "pixel_std": cfg.MODEL.PIXEL_STD,
+            "autocast_dtype": cpu_autocast_dtype(cfg),
+        }
+
+    def train(self, mode: bool = True) -> "XLearner":
+        """Set training mode; a frozen model stays in inference mode, whoever asks."""
+        return super().train(mode and not self.frozen)
+
+    def freeze(self) -> "XLearner":
+        """Make this model a teacher: no gradient, running statistics, inference mode from now on."""
+        self.frozen = True
+        self.requires_grad_(False)
+        return self.eval()
+
+    @property
+    def device(self) -> torch.device:
+        return self.pixel_mean.device
+
+    def forward(self, batches: SourceBatches) -> dict[str, Tensor] | dict[str, list[dict[str, Any]]]:
+        """Weighted losses ``{source/loss_x: scalar}`` in training, else each source's predictions.
+
+        Every source that is given contributes the same keys in every call, as distributed logging needs.
+        """
+        with self.autocast():
+            if not self.training:
+                return {source: self.heads[source](inputs) for source, inputs in batches.items()}
+            losses = {}
+            for source, inputs in batches.items():
+                for name, loss in self._head_losses(source, inputs).items():
+                    losses[f"{source}/{name}"] = self.loss_weights[source] * loss
+            return losses
+
+    def autocast(self) -> torch.autocast | nullcontext[None]:
+        """The precision this model runs in, for callers that use its parts."""
+        if self.autocast_dtype is None:
+            return nullcontext()
+        return torch.autocast(self.device.type, self.autocast_dtype)
+
+    def _head_losses(self, source: str, inputs: list[dict[str, Any]]) -> dict[str, Tensor]:
+        scope = get_event_storage().name_scope(source) if has_event_storage() else nullcontext()
+        with scope:  # heads log diagnostics of their own, such as accuracies
+            return self.heads[source](inputs)
+
+    def preprocess(self, inputs: list[dict[str, Any]]) -> Tensor:
+        """Normalised images of one source, padded to one size that every stride divides: (N, 3, H, W) float32."""
+        images = [(x["image"].to(self.device) - self.pixel_mean) / self.pixel_std for x in inputs]
+        return ImageList.from_tensors(images, size_divisibility=32).tensor
+
+
+def cpu_autocast_dtype(cfg: CfgNode) -> torch.dtype | None:
+    """bfloat16 where ``SOLVER.AMP.ENABLED`` meets a CPU that has it; on GPUs Detectron2's AMPTrainer decides."""
+    wanted = cfg.SOLVER.AMP.ENABLED and cfg.MODEL.DEVICE == "cpu"
+    return torch.bfloat16 if wanted and torch.cpu._is_avx512_bf16_supported() else None
