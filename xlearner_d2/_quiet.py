@@ -1,4 +1,4 @@
-"""The one place where import-time noise of Detectron2 and its dependencies is silenced; imported first."""
+"""The one place where import-time and log noise of Detectron2 and its dependencies is silenced; imported first."""
 
 import logging
 import warnings
@@ -10,5 +10,11 @@ warnings.filterwarnings("ignore", message=r".*torch\.jit\.(script|trace|interfac
 warnings.filterwarnings("ignore", message=r".*pkg_resources is deprecated.*")
 # Detectron2 calls torch.meshgrid without the argument newer versions ask for.
 warnings.filterwarnings("ignore", message=r".*torch\.meshgrid: in an upcoming release.*")
-# fvcore announces on every load that a config file with Python tags would need unsafe loading.
-logging.getLogger("fvcore.common.config").setLevel(logging.ERROR)
+for name in (
+    "fvcore.common.config",  # "would need unsafe loading", for every file read
+    "detectron2.config.config",  # "has no VERSION", for every head
+    "detectron2.data.common",  # three lines on serialising each data set
+    "detectron2.data.dataset_mapper",  # the augmentations of each source, which its config says
+    "detectron2.evaluation.sem_seg_evaluation",  # a dict on one line, which the closing table says readably
+):
+    logging.getLogger(name).setLevel(logging.ERROR)

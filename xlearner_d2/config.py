@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import detectron2
 import yaml
 from detectron2.config import CfgNode, get_cfg
 
@@ -22,6 +23,8 @@ def add_xlearner_config(cfg: CfgNode) -> None:
     x.DATASETS = CfgNode(new_allowed=True)
     # The sources, by name; see specs.SourceSpec.
     x.SOURCES = CfgNode(new_allowed=True)
+    # Linear probes of the student at the end, by name; see specs.ProbeSpec.
+    x.PROBES = CfgNode(new_allowed=True)
     # How branches share: separate, shared (one trunk), detached (features passed on without gradient), bidirectional.
     x.SHARING = "detached"
     # Images per data set that are decoded before training starts, spread evenly; all must exist. -1: every image.
@@ -56,6 +59,11 @@ def add_xlearner_config(cfg: CfgNode) -> None:
     # Keys of SOLVER with other values in the squeeze stage.
     q.SOLVER = CfgNode(new_allowed=True)
 
+    x.PLUG_IN = p = CfgNode()
+    # For build_xlearner_*_backbone: the expanded checkpoint, and the task whose branch becomes the backbone.
+    p.WEIGHTS = ""
+    p.TASK = ""
+
     add_classifier_config(cfg)
 
 
@@ -84,50 +92,76 @@ def add_classifier_config(cfg: CfgNode) -> None:
     a.CROP_PCT = 0.875
 
 
-def _duplicate_keys(node: yaml.Node, path: str = "") -> list[str]:
-    """Keys given twice in one YAML mapping, which a YAML reader would merge silently."""
+def _node_problems(node: yaml.Node, *, trusted: bool, path: str = "", above: tuple[yaml.Node, ...] = ()) -> list[str]:
+    """Keys given twice in one YAML mapping, which a reader would merge silently, and values that run code when read."""
+    name = path.removesuffix(".") or "The file"
+    if node in above:
+        return [f"{name} contains itself."]
+    if not trusted and node.tag not in yaml.SafeLoader.yaml_constructors:
+        line = node.start_mark.line + 1
+        return [f"{name} has the YAML tag {node.tag!r} in line {line}, but plain values are expected."]
+    above = (*above, node)
     if isinstance(node, yaml.SequenceNode):
-        return [found for child in node.value for found in _duplicate_keys(child, path)]
+        return [p for child in node.value for p in _node_problems(child, trusted=trusted, path=path, above=above)]
     if not isinstance(node, yaml.MappingNode):
         return []
     found, seen = [], set()
     for key, value in node.value:
-        name = f"{path}{key.value}"
+        line = key.start_mark.line + 1
+        if not isinstance(key, yaml.ScalarNode):
+            found.append(f"{name} has a key in line {line} that is no name.")
+            continue
         if key.value in seen:
-            found.append(f"{name} is given twice (the second time in line {key.start_mark.line + 1}).")
+            found.append(f"{path}{key.value} is given twice (the second time in line {line}).")
         seen.add(key.value)
-        found += _duplicate_keys(value, f"{name}.")
+        found += _node_problems(value, trusted=trusted, path=f"{path}{key.value}.", above=above)
     return found
 
 
-def check_config_file(path: str | Path) -> None:
-    """Raise :class:`ConfigError` unless ``path`` and the files it is based on are YAML mappings without double keys."""
-    path = Path(path)
+def check_config_file(path: str | Path, *, derived: tuple[Path, ...] = ()) -> None:
+    """See that ``path`` and the files it is based on are YAML mappings without double keys and without code.
+
+    A file that passes can be read with ``allow_unsafe=True``: only files inside Detectron2 may have tags that run
+    code, because the model zoo computes RetinaNet's anchor sizes in one.
+
+    Args:
+        derived: files that are based on ``path``.
+
+    Raises:
+        ConfigError: with the problems of the first file that has any.
+    """
+    path = Path(path).expanduser()
     if not path.is_file():
         raise ConfigError([f"There is no config file {path}."])
+    if path.resolve() in derived:
+        raise ConfigError([f"{path} is based on itself through _BASE_."])
     try:
         node = yaml.compose(path.read_text(encoding="utf-8"), Loader=yaml.SafeLoader)
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ConfigError([f"{path} is not valid YAML: {error}"]) from error
     if not isinstance(node, yaml.MappingNode):
         raise ConfigError([f"{path} should hold a mapping such as 'XLEARNER: …'."])
-    problems = _duplicate_keys(node)
+    trusted = path.resolve().is_relative_to(Path(detectron2.__file__).resolve().parent)
+    problems = _node_problems(node, trusted=trusted)
     if problems:
         raise ConfigError([f"{path}: {problem}" for problem in problems])
     for key, value in node.value:
         if key.value == "_BASE_":
-            check_config_file(path.parent / value.value)
+            for base in value.value if isinstance(value, yaml.SequenceNode) else [value]:
+                if not isinstance(base, yaml.ScalarNode):
+                    raise ConfigError([f"{path}: _BASE_ should be a file or a list of files."])
+                check_config_file(path.parent / Path(base.value).expanduser(), derived=(*derived, path.resolve()))
 
 
 def _merge_record_overrides(cfg: CfgNode, opts: Sequence[str]) -> list[str]:
-    """Apply ``XLEARNER.{SOURCES,DATASETS}.name[.KEY] value`` pairs; return the other pairs.
+    """Apply ``XLEARNER.{SOURCES,DATASETS,PROBES}.name[.KEY] value`` pairs; return the other pairs.
 
     yacs accepts only keys that exist already, but a record may leave keys at their defaults.
     """
     rest: list[str] = []
     for key, text in zip(opts[::2], opts[1::2], strict=True):
         parts = key.split(".")
-        if parts[0] != "XLEARNER" or len(parts) not in (3, 4) or parts[1] not in ("SOURCES", "DATASETS"):
+        if parts[0] != "XLEARNER" or len(parts) not in (3, 4) or parts[1] not in ("SOURCES", "DATASETS", "PROBES"):
             rest += [key, text]
             continue
         value: Any = yaml.safe_load(text) if isinstance(text, str) else text
@@ -168,8 +202,8 @@ def load_config(config_file: str | Path, opts: Sequence[str] = ()) -> CfgNode:
     add_xlearner_config(cfg)
     check_config_file(config_file)
     try:
-        cfg.merge_from_file(str(config_file), allow_unsafe=False)
-    except (KeyError, ValueError, AssertionError) as error:
+        cfg.merge_from_file(str(config_file), allow_unsafe=True)  # checked above
+    except (KeyError, ValueError, AssertionError, yaml.YAMLError) as error:
         raise ConfigError([f"{config_file}: {error}"]) from error
     opts = list(opts)
     if len(opts) % 2:

@@ -99,7 +99,23 @@ class TaskSpec:
     res5_dilation: int = 1
 
 
-Record = TypeVar("Record", DatasetSpec, SourceSpec)
+@dataclass(frozen=True, kw_only=True)
+class ProbeSpec:
+    """A linear probe of the student at the end of a run: classification of a downstream data set.
+
+    Attributes:
+        name: for tables.
+        train, test: names of registered classification data sets.
+        image_size: side in pixels of the square the images are cropped to.
+    """
+
+    name: str
+    train: str
+    test: str
+    image_size: int = 128
+
+
+Record = TypeVar("Record", DatasetSpec, SourceSpec, ProbeSpec)
 #: type of a field -> what YAML may give for it, and how that is called in an error
 _KINDS: dict[type, tuple[tuple[type, ...], str]] = {
     str: ((str,), "a string"),
@@ -211,3 +227,13 @@ def parse_sources(records: Mapping[str, Any], problems: list[str], *, world_size
     if not parsed and not problems:
         problems.append("XLEARNER.SOURCES is empty, but at least one source is needed.")
     return parsed
+
+
+def parse_probes(records: Mapping[str, Any], problems: list[str]) -> list[ProbeSpec]:
+    """Parse ``XLEARNER.PROBES``; a null record is skipped, so that a derived config can drop one."""
+    found = [
+        _parse(ProbeSpec, name, record, f"XLEARNER.PROBES.{name}", problems)
+        for name, record in records.items()
+        if record is not None
+    ]
+    return [spec for spec in found if spec is not None]

@@ -67,7 +67,7 @@ def test_a_source_moves_its_own_branch_only(make_model, make_batches, source, am
 @pytest.mark.parametrize("sharing", SHARINGS)
 @pytest.mark.parametrize("amp", [None, torch.bfloat16])
 def test_every_parameter_gets_a_gradient_from_a_joint_step(make_model, make_batches, sharing, amp):
-    """Under autocast, too: weights first used without gradient must not be served from its cache later."""
+    """Under autocast, too: weights first used without gradient must not be served from its cache later, as older versions of torch did."""
     model = make_model("XLEARNER.SHARING", sharing)
     model.autocast_dtype = amp
     step(model, make_batches())

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from detectron2.config import CfgNode
 from detectron2.data import DatasetMapper
-from PIL import Image
+from PIL import Image, ImageOps
 from timm.data import create_transform
 
 Record = dict[str, Any]
@@ -60,8 +60,9 @@ class ClassificationMapper:
     def __call__(self, record: Record) -> Record:
         """Add ``image``: uint8 tensor (3, size, size)."""
         with Image.open(record["file_name"]) as file:
-            width, height = file.size
-            image = self.transform(file.convert("RGB"))
+            upright = ImageOps.exif_transpose(file).convert("RGB")  # as Detectron2's reader turns it
+        width, height = upright.size
+        image = self.transform(upright)
         if self.image_format == "BGR":
             image = image.flip(0)
         return {**record, "image": image.contiguous(), "height": height, "width": width}

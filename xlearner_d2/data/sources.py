@@ -8,7 +8,7 @@ from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.data.build import filter_images_with_only_crowd_annotations
 
-from ..specs import ConfigError, SourceSpec, nearest, parse_datasets
+from ..specs import ConfigError, ProbeSpec, SourceSpec, nearest, parse_datasets
 from .builtin import dataset_root, register_datasets
 from .check import check_records, check_same_classes
 
@@ -28,8 +28,8 @@ class SourceData:
     test: Mapping[str, Records]
 
 
-def register_sources(cfg: CfgNode, sources: Sequence[SourceSpec]) -> None:
-    """Register ``XLEARNER.DATASETS`` and see that every data set the sources name is known.
+def register_sources(cfg: CfgNode, sources: Sequence[SourceSpec], probes: Sequence[ProbeSpec]) -> None:
+    """Register ``XLEARNER.DATASETS`` and see that every data set that sources and probes name is known.
 
     Raises:
         ConfigError: with all problems, each unknown name with its nearest known one.
@@ -41,19 +41,21 @@ def register_sources(cfg: CfgNode, sources: Sequence[SourceSpec]) -> None:
     except ConfigError as error:
         problems += error.problems
     known = DatasetCatalog.list()
-    for source in sources:
-        for key, names in (("TRAIN", source.train), ("TEST", source.test)):
-            problems += [
-                f"XLEARNER.SOURCES.{source.name}.{key} names the unknown data set {name!r}.{nearest(name, known)}"
-                for name in names
-                if name not in known
-            ]
+    wanted = [(f"SOURCES.{s.name}.{key}", n) for s in sources for key in ("TRAIN", "TEST") for n in getattr(s, key.lower())]
+    wanted += [(f"PROBES.{p.name}.{key}", getattr(p, key.lower())) for p in probes for key in ("TRAIN", "TEST")]
+    problems += [
+        f"XLEARNER.{where} names the unknown data set {name!r}.{nearest(name, known)}"
+        for where, name in wanted
+        if name not in known
+    ]
     if problems:
         raise ConfigError(problems)
 
 
-def load_sources(sources: Sequence[SourceSpec], *, check_images: int) -> dict[str, SourceData]:
-    """Read and check the records of all sources.
+def load_sources(
+    sources: Sequence[SourceSpec], probes: Sequence[ProbeSpec], *, check_images: int
+) -> dict[str, SourceData]:
+    """Read and check the records of all sources; those of the probes are checked alone.
 
     Args:
         check_images: images per data set that are decoded; -1 for all.
@@ -62,21 +64,19 @@ def load_sources(sources: Sequence[SourceSpec], *, check_images: int) -> dict[st
         ConfigError: with every problem found in any data set.
     """
     problems: list[str] = []
-    names = dict.fromkeys(name for source in sources for name in (*source.train, *source.test))
+    users = {f"source {s.name}": (*s.train, *s.test) for s in sources} | {f"probe {p.name}": (p.train, p.test) for p in probes}
     records: dict[str, Records] = {}
-    for name in names:
-        users = ", ".join(source.name for source in sources if name in (*source.train, *source.test))
+    for name in dict.fromkeys(name for names in users.values() for name in names):
+        by = ", ".join(user for user, names in users.items() if name in names)
         try:
             records[name] = DatasetCatalog.get(name)
         except (ValueError, OSError, KeyError, AssertionError) as error:
             found = error.problems if isinstance(error, ConfigError) else [f"data set {name!r}: {error}"]
         else:
             found = check_records(name, records[name], MetadataCatalog.get(name), max_images=check_images)
-        problems += [f"source {users}: {problem}" for problem in found]
+        problems += [f"{by}: {problem}" for problem in found]
     if not problems:
-        for source in sources:
-            found = check_same_classes((*source.train, *source.test))
-            problems += [f"XLEARNER.SOURCES.{source.name}: {problem}" for problem in found]
+        problems += [f"{user}: {problem}" for user, names in users.items() for problem in check_same_classes(names)]
     if problems:
         raise ConfigError(problems, what="The data")
     return {

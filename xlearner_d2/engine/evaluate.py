@@ -1,15 +1,21 @@
 """Evaluation of the expanded model: each source's head on each of its test sets, with Detectron2's evaluators."""
 
 import logging
+from pathlib import Path
 from typing import Any
 
+import torch
 from detectron2.evaluation import inference_context, inference_on_dataset
 from detectron2.utils import comm
 
+from ..checkpoint.load import load_resnet
 from ..data.loader import build_test_loader
 from ..evaluation.build import build_evaluator, main_metric
+from ..evaluation.probe import probe_backbone
 from ..modeling import XLearner
-from .plan import Plan
+from ..modeling.expanded import build_branch
+from ..modeling.xlearner import cpu_autocast_dtype
+from .plan import Plan, student_config
 
 logger = logging.getLogger(__name__)
 
@@ -35,4 +41,37 @@ def evaluate_sources(model: XLearner, plan: Plan) -> SourceResults:
                 found: Any = inference_on_dataset(model.heads[source.name], loader, evaluator)
                 if comm.is_main_process():
                     results.setdefault(source.name, {})[name] = main_metric(found)
+    return results
+
+
+def probe_student(plan: Plan, weights: str | Path) -> dict[str, dict[str, float]]:
+    """Linear-probe accuracy (percent) of the student and, for comparison, of the same network at random weights.
+
+    Args:
+        weights: the exported student.
+
+    Returns:
+        ``{probe: {"student": top-1, "random": top-1}}``.
+    """
+    cfg = student_config(plan.cfg)
+    torch.manual_seed(max(cfg.SEED, 0))
+    random = build_branch(cfg, out_features=("res5",)).to(cfg.MODEL.DEVICE)
+    student = build_branch(cfg, out_features=("res5",)).to(cfg.MODEL.DEVICE)
+    load_resnet(student, weights)
+    results: dict[str, dict[str, float]] = {}
+    for probe in plan.probes:
+        for name, backbone in (("student", student), ("random", random)):
+            found = probe_backbone(
+                backbone.eval(),
+                probe.train,
+                probe.test,
+                seed=max(cfg.SEED, 0),
+                image_size=probe.image_size,
+                pixel_mean=cfg.MODEL.PIXEL_MEAN,
+                pixel_std=cfg.MODEL.PIXEL_STD,
+                input_format=cfg.INPUT.FORMAT,
+                autocast_dtype=cpu_autocast_dtype(cfg),
+            )
+            results.setdefault(probe.name, {})[name] = found.accuracy
+        logger.info(f"Linear probe {probe.name}: {results[probe.name]}.")
     return results

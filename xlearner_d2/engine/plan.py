@@ -15,7 +15,7 @@ from ..data.sources import SourceData, load_sources, register_sources
 from ..modeling.distill import DISTANCES, NORMALISERS
 from ..modeling.expanded import STAGES as RESNET_STAGES
 from ..modeling.heads import derive_tasks, head_config
-from ..specs import ConfigError, SourceSpec, TaskSpec, nearest, parse_sources
+from ..specs import ConfigError, ProbeSpec, SourceSpec, TaskSpec, nearest, parse_probes, parse_sources
 
 #: What the expand stage leaves in OUTPUT_DIR, and what squeeze starts from.
 EXPANDED_FILE = "expanded.pth"
@@ -33,6 +33,7 @@ class Plan:
         heads: the Detectron2 config of each source's head, by source.
         tasks: the branches.
         data: the records of each source, by source.
+        probes: linear probes of the student.
     """
 
     cfg: CfgNode
@@ -40,6 +41,7 @@ class Plan:
     heads: Mapping[str, CfgNode]
     tasks: tuple[TaskSpec, ...]
     data: Mapping[str, SourceData]
+    probes: tuple[ProbeSpec, ...]
 
     @property
     def stages(self) -> tuple[str, ...]:
@@ -124,6 +126,26 @@ def expanded_file(cfg: CfgNode) -> Path:
     return Path(cfg.XLEARNER.SQUEEZE.TEACHER or os.path.join(cfg.OUTPUT_DIR, EXPANDED_FILE))
 
 
+def student_config(cfg: CfgNode) -> CfgNode:
+    """The project's config with the student's depth in ``MODEL.RESNETS``."""
+    cfg = cfg.clone()
+    cfg.defrost()
+    depth = cfg.XLEARNER.SQUEEZE.DEPTH
+    if depth:
+        cfg.MODEL.RESNETS.DEPTH = depth
+        cfg.MODEL.RESNETS.RES2_OUT_CHANNELS = 64 if depth < 50 else 256
+    cfg.MODEL.RESNETS.OUT_FEATURES = ["res2", "res3", "res4", "res5"]
+    return cfg
+
+
+def squeeze_config(cfg: CfgNode) -> CfgNode:
+    """The project's config with ``XLEARNER.SQUEEZE.SOLVER`` merged into ``SOLVER``."""
+    cfg = cfg.clone()
+    cfg.defrost()
+    cfg.SOLVER.merge_from_list([item for pair in cfg.XLEARNER.SQUEEZE.SOLVER.items() for item in pair])
+    return cfg
+
+
 def scale_to_workers(cfg: CfgNode, world_size: int) -> CfgNode:
     """Scale batches and learning rates from ``SOLVER.REFERENCE_WORLD_SIZE`` workers (0: no scaling) to these."""
     reference = cfg.SOLVER.REFERENCE_WORLD_SIZE
@@ -153,11 +175,12 @@ def make_plan(cfg: CfgNode) -> Plan:
     cfg = scale_to_workers(cfg, comm.get_world_size())
     problems = _check_settings(cfg)
     sources = parse_sources(cfg.XLEARNER.SOURCES, problems, world_size=comm.get_world_size())
+    probes = parse_probes(cfg.XLEARNER.PROBES, problems)
     with _collect(problems):
-        register_sources(cfg, sources)
+        register_sources(cfg, sources, probes)
     if problems:
         raise ConfigError(problems)
-    data = load_sources(sources, check_images=cfg.XLEARNER.CHECK_IMAGES)
+    data = load_sources(sources, probes, check_images=cfg.XLEARNER.CHECK_IMAGES)
     heads = {}
     for source in sources:
         with _collect(problems):
@@ -165,4 +188,6 @@ def make_plan(cfg: CfgNode) -> Plan:
     if problems:
         raise ConfigError(problems)
     tasks = derive_tasks(sources, heads)
-    return Plan(cfg=cfg, sources=tuple(sources), heads=heads, tasks=tuple(tasks), data=data)
+    return Plan(
+        cfg=cfg, sources=tuple(sources), heads=heads, tasks=tuple(tasks), data=data, probes=tuple(probes)
+    )

@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from detectron2.config import CfgNode
 from detectron2.engine import HookBase, SimpleTrainer, TrainerBase, hooks
 from detectron2.modeling import build_model
 from detectron2.modeling.backbone.resnet import ResNet
@@ -22,7 +21,7 @@ from ..checkpoint.training import TrainingCheckpointer
 from ..modeling import XLearner
 from ..modeling.distill import Distiller, matched_stages
 from ..modeling.expanded import build_branch
-from .plan import STUDENT_FILE, Plan, expanded_file
+from .plan import STUDENT_FILE, Plan, expanded_file, squeeze_config, student_config
 from .trainer import StepSeed, build_loader, build_step_trainer, common_hooks, resume
 
 logger = logging.getLogger(__name__)
@@ -113,18 +112,6 @@ def recalibrate(distiller: Distiller, batches: Iterable[Any], steps: int) -> Non
     distiller.train(training)
 
 
-def student_config(cfg: CfgNode) -> CfgNode:
-    """The project's config with the student's depth in ``MODEL.RESNETS``."""
-    cfg = cfg.clone()
-    cfg.defrost()
-    depth = cfg.XLEARNER.SQUEEZE.DEPTH
-    if depth:
-        cfg.MODEL.RESNETS.DEPTH = depth
-        cfg.MODEL.RESNETS.RES2_OUT_CHANNELS = 64 if depth < 50 else 256
-    cfg.MODEL.RESNETS.OUT_FEATURES = ["res2", "res3", "res4", "res5"]
-    return cfg
-
-
 def build_student(plan: Plan, teacher: XLearner) -> ResNet:
     """A plain ResNet with the deepest stage that any branch has, started as ``XLEARNER.SQUEEZE.INIT`` says."""
     cfg = student_config(plan.cfg)
@@ -138,14 +125,6 @@ def build_student(plan: Plan, teacher: XLearner) -> ResNet:
     elif start != "random":
         logger.info(f"Starting the student from {start}: {load_resnet(student, start)}.")
     return student
-
-
-def squeeze_config(cfg: CfgNode) -> CfgNode:
-    """The project's config with ``XLEARNER.SQUEEZE.SOLVER`` merged into ``SOLVER``."""
-    cfg = cfg.clone()
-    cfg.defrost()
-    cfg.SOLVER.merge_from_list([item for pair in cfg.XLEARNER.SQUEEZE.SOLVER.items() for item in pair])
-    return cfg
 
 
 def build_squeeze_hook(plan: Plan, teacher: XLearner, batches: Iterable[Any], *, max_iter: int) -> SqueezeHook:

@@ -2,6 +2,7 @@
 
 from .classifier import ImageClassifier
 from .expanded import BranchView, ExpandedBackbone, build_expanded_backbone
+from .plug_in import ExpandedBranch
 from .xlearner import XLearner
 
-__all__ = ["BranchView", "ExpandedBackbone", "ImageClassifier", "XLearner", "build_expanded_backbone"]
+__all__ = ["BranchView", "ExpandedBackbone", "ExpandedBranch", "ImageClassifier", "XLearner", "build_expanded_backbone"]

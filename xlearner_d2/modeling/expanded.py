@@ -10,7 +10,7 @@ from detectron2.modeling import Backbone
 from detectron2.modeling.backbone.resnet import ResNet, build_resnet_backbone
 from torch import Tensor, nn
 
-from ..specs import TaskSpec
+from ..specs import ConfigError, TaskSpec
 from .reconciliation import Features, Reconciliation
 
 #: Name of the one branch of SHARING "shared".
@@ -85,6 +85,18 @@ class ExpandedBackbone(nn.Module):
         features = {name: self._main(name, images, aux) for name in self.branches}
         return {task: features[name] for task, name in self.branch_of.items()}
 
+    def only(self, task: str) -> "ExpandedBackbone":
+        """Drop what one task's branch does not need, and the gradient of what only informs it; returns self."""
+        own = self.branch_of[task]
+        keep = {own, *self._sources_of(own)}
+        self.branches = nn.ModuleDict({name: branch for name, branch in self.branches.items() if name in keep})
+        self.reconciliation = nn.ModuleDict({n: r for n, r in self.reconciliation.items() if n == own})
+        self.branch_of = {task: own}
+        if self.detach:
+            for name in keep - {own}:
+                self.branches[name].requires_grad_(False)
+        return self
+
     def _sources_of(self, name: str) -> dict[str, str]:
         """Auxiliary branches of one branch, and the deepest of their stages that is read."""
         if name not in self.reconciliation:
@@ -94,16 +106,7 @@ class ExpandedBackbone(nn.Module):
 
     def _auxiliary(self, images: Tensor, deepest: Mapping[str, str]) -> dict[str, Features]:
         """Un-reconciled features of the auxiliary branches, by branch and stage."""
-        # autocast keeps one low-precision copy of each weight; one made without gradient must not be met again
-        # where the same branch is trained by another source of the step.
-        device = images.device.type
-        uncached = torch.autocast(
-            device,
-            dtype=torch.get_autocast_dtype(device),
-            enabled=torch.is_autocast_enabled(device),
-            cache_enabled=not self.detach,
-        )
-        with torch.set_grad_enabled(torch.is_grad_enabled() and not self.detach), uncached:
+        with torch.set_grad_enabled(torch.is_grad_enabled() and not self.detach):
             return {name: self._plain(name, images, stage) for name, stage in deepest.items()}
 
     def _plain(self, name: str, images: Tensor, deepest: str) -> Features:
@@ -172,8 +175,24 @@ def build_branch(cfg: CfgNode, *, out_features: Sequence[str], res5_dilation: in
     return build_resnet_backbone(cfg, ShapeSpec(channels=len(cfg.MODEL.PIXEL_MEAN)))
 
 
+def _check_strides(stages: Sequence[str], branches: Mapping[str, ResNet]) -> None:
+    """Features can be brought to a larger stride, but not to a smaller one, as that of a dilated res5."""
+    shapes = {name: branch.output_shape() for name, branch in branches.items()}
+    problems = [
+        f"{stage} of branch {name!r} has stride {own[stage].stride} and cannot receive {stage} of branch {other!r}, "
+        f"which has stride {aux[stage].stride}: take {stage} out of XLEARNER.RECONCILIATION.STAGES."
+        for name, own in shapes.items()
+        for other, aux in shapes.items()
+        for stage in stages
+        if stage in own and stage in aux and own[stage].stride < aux[stage].stride
+    ]
+    if problems:
+        raise ConfigError(problems)
+
+
 def _build_reconciliation(cfg: CfgNode, branches: Mapping[str, ResNet]) -> dict[str, Reconciliation]:
     norm = cfg.MODEL.RESNETS.NORM
+    _check_strides(cfg.XLEARNER.RECONCILIATION.STAGES, branches)
     return {
         name: Reconciliation(
             shapes=branch.output_shape(),

@@ -3,6 +3,7 @@
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+import yaml
 from detectron2 import model_zoo
 from detectron2.config import CfgNode, get_cfg
 from detectron2.data import Metadata, MetadataCatalog
@@ -81,11 +82,11 @@ def head_config(source: SourceSpec, cfg: CfgNode) -> CfgNode:
     head = get_cfg()
     add_classifier_config(head)
     try:
-        head.merge_from_file(path, allow_unsafe=False)
+        head.merge_from_file(path, allow_unsafe=True)  # checked above
         _follow(head, cfg)
         _set_classes(head, MetadataCatalog.get(source.train[0]), source)
         head.merge_from_list(list(source.opts))
-    except (KeyError, ValueError, AssertionError) as error:
+    except (KeyError, ValueError, AssertionError, yaml.YAMLError) as error:
         problems = error.problems if isinstance(error, ConfigError) else [f"{where} ({source.config}): {error}"]
         raise ConfigError(problems) from error
     head.DATASETS.TRAIN, head.DATASETS.TEST = source.train, source.test

@@ -1,0 +1,180 @@
+"""Pictures are written for every kind of prediction, at a legible size, with the right instances."""
+
+import numpy as np
+import pytest
+import torch
+from detectron2.data import DatasetCatalog, Metadata, MetadataCatalog
+from detectron2.structures import Boxes, BoxMode, Instances
+from detectron2.utils.visualizer import Visualizer
+from PIL import Image
+
+from xlearner_d2.report import draw_dataset_predictions, draw_predictions, pictures
+
+WIDTH, HEIGHT = 48, 32
+METADATA = {
+    "thing_classes": ["cat", "dog"],
+    "stuff_classes": ["sky", "road"],
+    "classes": ["cat", "dog", "cow"],
+    "ignore_label": 255,
+}
+
+
+@pytest.fixture
+def record(tmp_path):
+    Image.fromarray(np.full((HEIGHT, WIDTH, 3), 128, dtype=np.uint8)).save(tmp_path / "a.png")
+    labels = np.zeros((HEIGHT, WIDTH), dtype=np.uint8)
+    labels[16:], labels[:4] = 1, 255
+    Image.fromarray(labels).save(tmp_path / "labels.png")
+    polygon = [4.0, 4.0, 20.0, 4.0, 20.0, 24.0, 4.0, 24.0]
+    annotation = {"bbox": [4, 4, 16, 20], "bbox_mode": BoxMode.XYWH_ABS, "category_id": 0, "segmentation": [polygon]}
+    return {
+        "file_name": str(tmp_path / "a.png"),
+        "sem_seg_file_name": str(tmp_path / "labels.png"),
+        "annotations": [annotation],
+        "category_id": 1,
+    }
+
+
+def _instances(scores, *, masks=False):
+    instances = Instances((HEIGHT, WIDTH))
+    instances.pred_boxes = Boxes(torch.tensor([[4.0, 4.0, 20.0, 24.0]]).repeat(len(scores), 1))
+    instances.scores = torch.tensor(scores)
+    instances.pred_classes = torch.arange(len(scores)) % 2
+    if masks:
+        instances.pred_masks = torch.ones(len(scores), HEIGHT, WIDTH, dtype=torch.bool)
+    return instances
+
+
+OUTPUTS = {
+    "boxes": lambda: {"instances": _instances([0.9, 0.2])},
+    "masks": lambda: {"instances": _instances([0.9, 0.2], masks=True)},
+    "no_boxes": lambda: {"instances": _instances([])},
+    "no_masks": lambda: {"instances": _instances([], masks=True)},
+    "semantic": lambda: {"sem_seg": torch.randn(2, HEIGHT, WIDTH)},
+    "panoptic": lambda: {"sem_seg": torch.randn(2, HEIGHT, WIDTH), "instances": _instances([0.9], masks=True)},
+    "classes": lambda: {"scores": torch.tensor([0.1, 0.7, 0.2])},
+}
+
+
+@pytest.mark.parametrize("kind", OUTPUTS)
+def test_every_kind_is_drawn(record, tmp_path, kind):
+    file = tmp_path / "new" / "grid.png"
+    draw_predictions([record], [OUTPUTS[kind]()], Metadata(**METADATA), output_file=file, cell_size=240)
+    image = np.asarray(Image.open(file))
+    assert image.shape[1] > 2 * 240
+    assert image.shape[0] > 160
+    cell = image[pictures._HEADER :, pictures._MARGIN : pictures._MARGIN + 240]
+    assert len(np.unique(cell.reshape(-1, 3), axis=0)) > 3, "the ground truth is drawn"
+
+
+def test_small_images_are_enlarged_and_large_ones_reduced(record, tmp_path):
+    heights = []
+    for scale in (1, 4, 40):
+        image = np.zeros((HEIGHT * scale, WIDTH * scale, 3), dtype=np.uint8)
+        Image.fromarray(image).save(record["file_name"])
+        draw_predictions([record], [OUTPUTS["classes"]()], Metadata(**METADATA), output_file=tmp_path / "grid.png")
+        heights.append(Image.open(tmp_path / "grid.png").size)
+    assert len(set(heights)) == 1
+
+
+@pytest.mark.parametrize("has_masks", [False, True])
+def test_ground_truth_and_equal_prediction_look_alike(record, tmp_path, has_masks):
+    output = _instances([1.0], masks=has_masks)
+    if has_masks:
+        output.pred_masks[:] = False
+        output.pred_masks[0, 4:24, 4:20] = True
+    draw_predictions([record], [{"instances": output}], Metadata(**METADATA), output_file=tmp_path / "grid.png")
+    image = np.asarray(Image.open(tmp_path / "grid.png").convert("RGB")).astype(int)[pictures._HEADER :]
+    left, right = (image[:320, start : start + 480] for start in (pictures._MARGIN, 2 * pictures._MARGIN + 480))
+    # They differ in the score that is part of the label, which covers little.
+    assert (np.abs(left - right).max(axis=2) > 40).mean() < 0.05
+
+
+@pytest.mark.parametrize("scale", [1, 5])
+def test_predictions_follow_the_size_of_the_picture(record, scale):
+    canvas = np.zeros((HEIGHT * scale, WIDTH * scale, 3))
+    visualizer = Visualizer(canvas, pictures._with_colours(Metadata(**METADATA)))
+    output = _instances([1.0], masks=True)
+    output.pred_masks[:] = False
+    output.pred_masks[0, 4:24, 4:20] = True
+    pictures._draw_output(visualizer, record, {"instances": output}, score_threshold=0.5, max_fallback=1)
+    box, mask = visualizer.output.ax.patches
+    assert np.array(box.get_bbox().extents) == pytest.approx(scale * np.array([4, 4, 20, 24]))
+    # A polygon runs through the centres of a mask's outermost pixels.
+    assert np.ptp(mask.get_xy(), axis=0) == pytest.approx(scale * np.array([16, 20]) - 1)
+
+
+@pytest.mark.parametrize(("scores", "expected"), [([0.6, 0.2, 0.5], 2), ([0.1, 0.3, 0.2, 0.4], 3), ([0.1], 1), ([], 0)])
+def test_threshold_and_fallback(scores, expected):
+    kept = pictures._best(_instances(scores), 0.5, 3)
+    assert kept.scores.tolist() == pytest.approx(sorted(kept.scores.tolist(), reverse=True))
+    assert len(kept) == expected
+
+
+@pytest.mark.parametrize("scores", [[0.1, 0.7, 0.2], np.log([0.1, 0.7, 0.2]).tolist()])
+def test_captions_name_the_best_guesses(scores):
+    lines = pictures._guesses(torch.tensor(scores), {"category_id": 2}, ["cat", "dog", "cow"])
+    assert [text for text, _ in lines] == ["dog 70%", "cow 20%", "cat 10%"]
+    assert [colour for _, colour in lines] == [pictures._RED, pictures._GREEN, pictures._WHITE]
+
+
+def test_colours_are_fixed_and_given_ones_are_kept():
+    first, second = (pictures._with_colours(Metadata(**METADATA)) for _ in range(2))
+    assert first.thing_colors == second.thing_colors
+    assert len(first.stuff_colors) == 2
+    given = pictures._with_colours(Metadata(thing_colors=[[1, 2, 3], [4, 5, 6]], **METADATA))
+    assert given.thing_colors == [[1, 2, 3], [4, 5, 6]]
+
+
+def test_random_state_is_left_alone(record, tmp_path):
+    np.random.seed(0)
+    before = np.random.get_state()[1].copy()
+    draw_predictions([record], [OUTPUTS["panoptic"]()], Metadata(**METADATA), output_file=tmp_path / "grid.png")
+    assert (np.random.get_state()[1] == before).all()
+
+
+class _Model(torch.nn.Module):
+    def forward(self, inputs):
+        assert not self.training
+        assert not torch.is_grad_enabled()
+        return [{"instances": _instances([0.9])} for _ in inputs]
+
+
+def test_a_data_set_is_drawn(record, tmp_path):
+    DatasetCatalog.register("test_pictures", lambda: [record] * 5)
+    MetadataCatalog.get("test_pictures").set(**METADATA)
+    model, seen = _Model(), []
+    try:
+        draw_dataset_predictions(
+            model,
+            "test_pictures",
+            lambda item: seen.append(item.pop("annotations")) or item,
+            output_file=tmp_path / "grid.png",
+            num_images=3,
+        )
+        with pytest.raises(ValueError, match="0 of the 5 images of 'test_pictures' cannot be drawn"):
+            draw_dataset_predictions(model, "test_pictures", dict, output_file=tmp_path / "b.png", num_images=0)
+    finally:
+        DatasetCatalog.remove("test_pictures")
+        MetadataCatalog.remove("test_pictures")
+    assert len(seen) == 3
+    assert model.training
+    assert "annotations" in record
+    assert (tmp_path / "grid.png").is_file()
+
+
+def test_unequal_numbers(record, tmp_path):
+    with pytest.raises(ValueError, match="1 records and 0 outputs"):
+        draw_predictions([record], [], Metadata(**METADATA), output_file=tmp_path / "grid.png")
+
+
+def test_nothing_that_can_be_drawn(record, tmp_path):
+    with pytest.raises(ValueError, match="only proposals, but one of instances, sem_seg, scores"):
+        draw_predictions([record], [{"proposals": 0}], Metadata(**METADATA), output_file=tmp_path / "grid.png")
+    assert not (tmp_path / "grid.png").exists()
+
+
+def test_unknown_class_is_shown_by_number(record):
+    visualizer = Visualizer(np.zeros((64, 64, 3)), pictures._with_colours(Metadata(thing_classes=["cat"])))
+    pictures._overlay(visualizer, [5], scores=[0.5], boxes=np.array([[1.0, 1.0, 60.0, 60.0]]))
+    assert visualizer.output.ax.texts[0].get_text() == "5 50%"

@@ -1,0 +1,51 @@
+#!/usr/bin/env python
+"""Train one universal backbone from many sources: expand, squeeze, export, evaluate.
+
+    python train_net.py --config-file configs/quick/openmoji.yaml
+    python train_net.py --config-file … --dry-run | --resume | --eval-only | --num-gpus 8  XLEARNER.STAGE expand
+"""
+
+import argparse
+import sys
+
+from xlearner_d2 import load_config
+from xlearner_d2.specs import ConfigError
+
+
+def parse_args() -> argparse.Namespace:
+    """Detectron2's own options, and ``--dry-run``."""
+    from detectron2.engine import default_argument_parser
+
+    parser = default_argument_parser(epilog=__doc__)
+    parser.add_argument(
+        "--dry-run", action="store_true", help="validate the config and all data, print the plan, start nothing"
+    )
+    args = parser.parse_args()
+    if not args.config_file:
+        parser.error("--config-file is needed, for example --config-file configs/quick/openmoji.yaml")
+    return args
+
+
+def main(args: argparse.Namespace) -> None:
+    """One worker's run."""
+    from xlearner_d2.engine.run import run
+
+    run(load_config(args.config_file, args.opts), args)
+
+
+if __name__ == "__main__":
+    arguments = parse_args()
+    try:
+        load_config(arguments.config_file, arguments.opts)  # before any worker is started
+        from detectron2.engine import launch
+
+        launch(
+            main,
+            arguments.num_gpus,
+            num_machines=arguments.num_machines,
+            machine_rank=arguments.machine_rank,
+            dist_url=arguments.dist_url,
+            args=(arguments,),
+        )
+    except ConfigError as error:
+        sys.exit(f"error: {error}")

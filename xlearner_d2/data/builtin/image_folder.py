@@ -1,0 +1,72 @@
+"""Image classification: one folder of images per class, read by torchvision."""
+
+import functools
+import logging
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+
+from torchvision.datasets.folder import IMG_EXTENSIONS, find_classes, make_dataset
+
+from ...specs import DatasetSpec, nearest
+from ..problems import Problems
+from .common import Records, add_to_catalogs, fail, find_folder, raise_if_any, read_classes, subject
+
+logger = logging.getLogger(__name__)
+
+
+def register(spec: DatasetSpec, root: Path) -> None:
+    """Register a data set of format ``image_folder``.
+
+    The classes are ``CLASSES``, or else the names of the folders, sorted.
+
+    Raises:
+        ConfigError: for a missing folder, one that holds no folders, or one that is not in ``CLASSES``.
+    """
+    folder = find_folder(spec, "IMAGES", root / spec.images)
+    try:
+        found, _ = find_classes(folder)
+    except FileNotFoundError as error:
+        raise fail(spec, f"IMAGES: {folder} holds no folder, but one folder per class is expected.") from error
+    given = read_classes(spec, root)
+    problems = Problems(subject(spec))
+    classes = given or found
+    for name in found:
+        if name not in classes:
+            text = f"{folder / name} is no class: {name!r} is not in CLASSES.{nearest(name, classes)}"
+            problems.add("folders that are no class", text)
+    raise_if_any(problems)
+    add_to_catalogs(
+        spec.name,
+        functools.partial(_read, spec, folder, classes),
+        classes=classes,
+        image_root=str(folder),
+        evaluator_type="classification",
+    )
+
+
+def _read(spec: DatasetSpec, folder: Path, classes: Sequence[str]) -> Records:
+    """One record per image: ``file_name``, ``image_id`` (the path below the folder) and ``category_id``.
+
+    Raises:
+        ConfigError: without any image, or for a class without one unless ``CLASSES`` declares that it exists.
+    """
+    indices = {name: index for index, name in enumerate(classes)}
+    samples = make_dataset(folder, indices, extensions=IMG_EXTENSIONS, allow_empty=True)
+    if not samples:
+        raise fail(spec, f"{folder} holds no image; known suffixes: {', '.join(IMG_EXTENSIONS)}.")
+    counts = Counter(index for _, index in samples)
+    empty = [name for name, index in indices.items() if not counts[index]]
+    if empty and not spec.classes:
+        problems = Problems(subject(spec))
+        for name in empty:
+            text = f"{folder / name} holds no image; remove it, or list all classes in CLASSES to allow empty ones."
+            problems.add("empty classes", text)
+        raise_if_any(problems)
+    if empty:
+        shown = ", ".join(empty[:5]) + (", …" if len(empty) > 5 else "")
+        logger.warning("%s: %d of %d classes have no image: %s", subject(spec), len(empty), len(classes), shown)
+    return [
+        {"file_name": path, "image_id": Path(path).relative_to(folder).as_posix(), "category_id": index}
+        for path, index in samples
+    ]

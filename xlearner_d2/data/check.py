@@ -1,0 +1,268 @@
+"""Is a data set what its records say? Everything wrong is collected, so that nothing fails hours into training."""
+
+import logging
+import math
+import os
+import struct
+from collections import Counter
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, TypeVar
+
+import numpy as np
+from detectron2.data import Metadata, MetadataCatalog
+from detectron2.structures import BoxMode
+from detectron2.utils.file_io import PathManager
+from PIL import Image, UnidentifiedImageError
+from tqdm import tqdm  # type: ignore[import-untyped]
+
+from .problems import Problems
+
+logger = logging.getLogger(__name__)
+
+Record = dict[str, Any]
+Finding = tuple[str, str]  # kind and text of a problem
+Item = TypeVar("Item")
+Result = TypeVar("Result")
+
+#: Class names in the metadata: of boxes, of semantic labels, of images.
+CLASS_KEYS = ("thing_classes", "stuff_classes", "classes")
+#: Degenerate boxes that are left to Detectron2's mapper, which drops them, per box of a data set. COCO has a few.
+TOLERATED_BOXES = 1e-4
+#: How far a box may exceed its image, in pixels: annotation tools round, and count pixels from 0 or from 1.
+BOX_MARGIN = 1.0
+
+_BOX_KIND = "boxes that are empty or outside their image"
+_FILE_KEYS = ("file_name", "sem_seg_file_name", "pan_seg_file_name")
+# What Pillow's decoders raise for damaged files, depending on the format.
+_DECODE_ERRORS = (
+    OSError,
+    SyntaxError,
+    ValueError,
+    EOFError,
+    IndexError,
+    KeyError,
+    TypeError,
+    struct.error,
+    Image.DecompressionBombError,
+)
+_PORTION = 32
+_EXIF_ORIENTATION = 0x0112
+_EXIF_TRANSPOSED = (5, 6, 7, 8)
+
+
+def check_records(name: str, records: Sequence[Record], metadata: Metadata, *, max_images: int) -> list[str]:
+    """Problems of a data set's records and of the files that they name.
+
+    All files must exist, and all image ids, class indices and boxes must be valid. Images and label PNGs are decoded
+    as well, ``max_images`` of each, to find damaged files, wrong sizes and wrong labels.
+
+    Args:
+        name: the data set's name, for messages.
+        records: in Detectron2's format.
+        metadata: the data set's metadata, which has the names of its classes.
+        max_images: how many records' files are decoded, evenly spaced; -1 for all.
+
+    Returns:
+        one line per problem, at most a handful of each kind; empty if all is well.
+    """
+    problems = Problems(f"data set {name!r}")
+    _check_file_names(records, problems)
+    if problems:
+        return problems.lines()
+    _check_image_ids(records, problems)
+    _check_categories(records, metadata, problems)
+    _check_boxes(records, problems)
+    missing = _check_files(name, records, problems)
+    present = [record for record in _spread(records, max_images) if missing.isdisjoint(_files(record))]
+    for findings in _run(lambda record: _decode(record, metadata), present, f"Decoding images of {name}"):
+        for kind, text in findings:
+            problems.add(kind, text)
+    return problems.lines()
+
+
+def check_same_classes(names: Sequence[str]) -> list[str]:
+    """Problems if the data sets of one source differ in their classes or the order of them.
+
+    Args:
+        names: registered data sets; those of Detectron2 must have been loaded, which sets their class names.
+    """
+    problems = []
+    for first, other in ((names[0], name) for name in dict.fromkeys(names[1:])):
+        for key in CLASS_KEYS:
+            expected = MetadataCatalog.get(first).get(key, None)
+            got = MetadataCatalog.get(other).get(key, None)
+            if expected != got:
+                text = _difference(expected, got)
+                problems.append(f"data sets {first!r} and {other!r} should have the same {key}, but {text}.")
+    return problems
+
+
+def _difference(expected: Sequence[str] | None, got: Sequence[str] | None) -> str:
+    """In words: how the class lists of a first and a second data set differ."""
+    if expected is None or got is None:
+        return f"only the {'second' if expected is None else 'first'} has any"
+    counts = f"the first has {len(expected)} and the second {len(got)}"
+    for index, (a, b) in enumerate(zip(expected, got, strict=False)):
+        if a != b:
+            return f"class {index} is {a!r} in the first and {b!r} in the second ({counts})"
+    longer, extra = ("first", expected[len(got) :]) if len(expected) > len(got) else ("second", got[len(expected) :])
+    return f"{counts}; only the {longer} has {', '.join(map(repr, extra[:5]))}{', …' if len(extra) > 5 else ''}"
+
+
+def _check_file_names(records: Sequence[Record], problems: Problems) -> None:
+    if not records:
+        problems.add("empty data sets", "there are no images, but at least one is expected.")
+    for number, record in enumerate(records):
+        if not record.get("file_name"):
+            text = f"record {number} lacks a 'file_name', but the path of an image is expected."
+            problems.add("nameless images", text)
+
+
+def _check_image_ids(records: Sequence[Record], problems: Problems) -> None:
+    counts = Counter(record["image_id"] for record in records if "image_id" in record)
+    for key, count in counts.items():
+        if count > 1:
+            problems.add("repeated image ids", f"image_id {key!r} occurs {count} times, but once is expected.")
+
+
+def _check_categories(records: Sequence[Record], metadata: Metadata, problems: Problems) -> None:
+    """Class indices of images (``classes``) and of objects (``thing_classes``)."""
+    things, classes = metadata.get("thing_classes", None), metadata.get("classes", None)
+    for record in records:
+        found = [(item.get("category_id"), things) for item in record.get("annotations", ())]
+        if "category_id" in record:
+            found.append((record["category_id"], classes))
+        for category, names in found:
+            if names is None or not isinstance(category, int | np.integer) or not 0 <= category < len(names):
+                expected = f"0 to {len(names) - 1} is expected" if names else "the metadata has no class names"
+                text = f"{record['file_name']} has the class index {category!r}, but {expected}."
+                problems.add("wrong class indices", text)
+
+
+def _check_boxes(records: Sequence[Record], problems: Problems) -> None:
+    """Boxes of no size, of numbers that are not finite, or outside their image."""
+    total = 0
+    for record in records:
+        for item in record.get("annotations", ()):
+            if item.get("bbox_mode") not in (BoxMode.XYWH_ABS, BoxMode.XYXY_ABS) or "bbox" not in item:
+                continue  # rotated boxes, which may leave the image
+            total += 1
+            text = _judge_box(item, record.get("height", math.inf), record.get("width", math.inf))
+            if text:
+                shown = [round(float(value), 2) for value in item["bbox"]]
+                mode = BoxMode(item["bbox_mode"]).name
+                problems.add(_BOX_KIND, f"{record['file_name']}: the box {shown} ({mode}) {text}.")
+    if 0 < problems.count(_BOX_KIND) <= TOLERATED_BOXES * total:
+        few = problems.pop(_BOX_KIND)
+        logger.warning("%s: %d of %d boxes will be dropped: %s", problems.subject, len(few), total, few[0])
+
+
+def _judge_box(item: Record, height: float, width: float) -> str:
+    """What is wrong with an object's box, or an empty string."""
+    x0, y0, x1, y1 = item["bbox"]
+    if item["bbox_mode"] == BoxMode.XYWH_ABS:
+        x1, y1 = x0 + x1, y0 + y1
+    if not (x1 > x0 and y1 > y0):
+        return f"is {x1 - x0:g} x {y1 - y0:g} pixels, but a positive width and height are expected"
+    if min(x0, y0) < -BOX_MARGIN or x1 > width + BOX_MARGIN or y1 > height + BOX_MARGIN:
+        return f"exceeds its image of width {width} and height {height}"
+    return ""
+
+
+def _files(record: Record) -> list[str]:
+    return [str(record[key]) for key in _FILE_KEYS if key in record]
+
+
+def _check_files(name: str, records: Sequence[Record], problems: Problems) -> set[str]:
+    """The files that do not exist."""
+    files = list(dict.fromkeys(file for record in records for file in _files(record)))
+    found = _run(PathManager.isfile, files, f"Looking for files of {name}")
+    missing = {file for file, exists in zip(files, found, strict=True) if not exists}
+    for file in files:
+        if file in missing:
+            problems.add("missing files", f"{file} does not exist.")
+    return missing
+
+
+def _spread(records: Sequence[Record], count: int) -> list[Record]:
+    """``count`` records, evenly spaced from the first to the last; all for -1."""
+    if count < 0 or count >= len(records):
+        return list(records)
+    return [records[index] for index in np.linspace(0, len(records) - 1, count).round().astype(int)]
+
+
+def _run(function: Callable[[Item], Result], items: Sequence[Item], title: str) -> list[Result]:
+    """Map in threads, which suits files and Pillow; a bar shows on a terminal when it takes long."""
+    # In portions, because a million futures would take longer than what they do.
+    portions = [items[start : start + _PORTION] for start in range(0, len(items), _PORTION)]
+    hidden = True if os.environ.get("CI") else None  # None: hidden unless on a terminal
+    results: list[Result] = []
+    with (
+        ThreadPoolExecutor(min(16, 2 * (os.cpu_count() or 1))) as pool,
+        tqdm(desc=title, total=len(items), delay=5, disable=hidden, leave=False) as bar,
+    ):
+        for part in pool.map(lambda portion: [function(item) for item in portion], portions):
+            results += part
+            bar.update(len(part))
+    return results
+
+
+def _decode(record: Record, metadata: Metadata) -> list[Finding]:
+    """Decode a record's image and label PNG."""
+    file = str(record["file_name"])
+    try:
+        width, height = _decode_image(file)
+    except _DECODE_ERRORS as error:
+        return [("damaged images", f"{file} cannot be decoded as an image: {_words(error)}.")]
+    findings = []
+    expected = (record.get("width", width), record.get("height", height))
+    if expected != (width, height):
+        text = f"{file} is {width} x {height} pixels, but its annotation says {expected[0]} x {expected[1]}."
+        findings.append(("wrong image sizes", text))
+    if "sem_seg_file_name" in record:
+        findings += _check_label(str(record["sem_seg_file_name"]), (width, height), metadata)
+    return findings
+
+
+def _words(error: BaseException) -> str:
+    if isinstance(error, UnidentifiedImageError):  # its own words name an object in memory
+        return "it is in no known image format"
+    return str(error).rstrip(".") or type(error).__name__
+
+
+def _decode_image(file: str) -> tuple[int, int]:
+    """Width and height as Detectron2 reads the image, which turns it as its EXIF tag says."""
+    with PathManager.open(file, "rb") as stream, Image.open(stream) as image:
+        width, height = image.size
+        transposed = image.getexif().get(_EXIF_ORIENTATION) in _EXIF_TRANSPOSED
+        # JPEG decodes at an eighth of the size several times faster, and still notices what is missing.
+        image.draft(image.mode, (1, 1))
+        image.load()
+    return (height, width) if transposed else (width, height)
+
+
+def _check_label(file: str, size: tuple[int, int], metadata: Metadata) -> list[Finding]:
+    """Problems of a label PNG; ``size`` is the image's width and height."""
+    try:
+        with PathManager.open(file, "rb") as stream, Image.open(stream) as image:
+            image.load()
+    except _DECODE_ERRORS as error:
+        return [("damaged labels", f"{file} cannot be decoded as an image: {_words(error)}.")]
+    if image.mode != "L":
+        # Detectron2 would turn colours, also those of a palette, into shades of grey, and clip 16-bit values.
+        text = f"{file} has the mode {image.mode}, but class indices in one 8-bit channel (mode L) are expected."
+        return [("labels of a wrong mode", text)]
+    findings = []
+    if image.size != size:
+        text = "{} is {} x {} pixels, but its image is {} x {}.".format(file, *image.size, *size)
+        findings.append(("labels of a wrong size", text))
+    num_classes, ignored = len(metadata.get("stuff_classes", ())), metadata.get("ignore_label", 255)
+    counts = image.histogram()
+    wrong = [value for value in range(num_classes, len(counts)) if counts[value] and value != ignored]
+    if wrong:
+        got = ", ".join(f"{value} ({counts[value]} pixels)" for value in wrong[:5])
+        expected = f"0 to {num_classes - 1}, or {ignored} to ignore, is expected"
+        text = f"{file} has the label {got}, but {expected if num_classes else 'the metadata has no stuff_classes'}."
+        findings.append(("labels of unknown classes", text))
+    return findings

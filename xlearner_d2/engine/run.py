@@ -1,0 +1,133 @@
+"""A whole run, as train_net.py starts it: plan, then the stages, then the closing table."""
+
+import argparse
+import json
+import logging
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from detectron2.config import CfgNode
+from detectron2.modeling import build_model
+from detectron2.utils import comm
+from detectron2.utils.logger import setup_logger
+from tabulate import tabulate
+
+from ..checkpoint.load import load_strictly, read_checkpoint
+from ..data.mappers import build_mapper
+from ..evaluation.trivial import trivial_metrics
+from ..modeling import XLearner
+from ..report.pictures import draw_dataset_predictions
+from .evaluate import SourceResults, evaluate_sources, probe_student
+from .explain import explain
+from .plan import STUDENT_FILE, Plan, check_output, expanded_file, make_plan
+from .squeeze import squeeze
+from .trainer import expand
+
+logger = logging.getLogger(__name__)
+
+
+def run(cfg: CfgNode, args: argparse.Namespace) -> dict[str, Any]:
+    """Validate, then do what the config and the command line ask for; return what ``metrics.json`` holds.
+
+    Raises:
+        ConfigError: before anything is written, when the config, the data or the output folder is not as needed.
+    """
+    plan = make_plan(cfg)
+    if args.dry_run:
+        if comm.is_main_process():
+            print(explain(plan))
+        return {}
+    if not args.eval_only:
+        check_output(plan, resume=args.resume)
+    _set_up(plan, args)
+    model = _load_expanded(plan) if args.eval_only else _train(plan, resume=args.resume)
+    metrics: dict[str, Any] = {}
+    if model is not None:
+        metrics |= _report_expanded(plan, model, evaluate_sources(model, plan))
+    student = Path(plan.cfg.OUTPUT_DIR) / STUDENT_FILE
+    if comm.is_main_process() and student.is_file():
+        metrics |= _report_student(plan, student)
+    if comm.is_main_process():
+        path = Path(plan.cfg.OUTPUT_DIR) / "metrics.json"
+        path.write_text(json.dumps(metrics, indent=2) + "\n")
+        logger.info(f"All results are in {path}.")
+    comm.synchronize()
+    return metrics
+
+
+def _set_up(plan: Plan, args: argparse.Namespace) -> None:
+    """Logs, the copy of the config, and threads."""
+    folder = plan.cfg.OUTPUT_DIR
+    if comm.is_main_process():
+        os.makedirs(folder, exist_ok=True)
+        (Path(folder) / "config.yaml").write_text(plan.cfg.dump())
+    comm.synchronize()
+    for name in ("fvcore", "detectron2", "xlearner_d2"):
+        setup_logger(folder, distributed_rank=comm.get_rank(), name=name)
+    logger.info(f"Command: {args}")
+    logger.info(f"\n{explain(plan)}")
+
+
+def _train(plan: Plan, *, resume: bool) -> XLearner | None:
+    """Run the stages; return the expanded model if this run has it."""
+    model = None
+    if "expand" in plan.stages:
+        model = expand(plan, resume_run=resume)
+    if "squeeze" in plan.stages and not plan.cfg.XLEARNER.SQUEEZE.ONLINE:
+        squeeze(plan, resume_run=resume)
+    return model
+
+
+def _load_expanded(plan: Plan) -> XLearner:
+    path = expanded_file(plan.cfg)
+    model = build_model(plan.cfg)
+    logger.info(f"Evaluating {path}: {load_strictly(model, read_checkpoint(path)['model'], path=path)}.")
+    return model
+
+
+def _report_expanded(plan: Plan, model: XLearner, results: SourceResults) -> dict[str, Any]:
+    """Compare with predictors that learn nothing, draw predictions, show the table."""
+    if not comm.is_main_process():
+        return {}
+    trivial = {
+        source.name: {name: trivial_metrics(name, train_names=source.train) for name in source.test}
+        for source in plan.sources
+    }
+    folder = Path(plan.cfg.OUTPUT_DIR) / "pictures"
+    _draw(plan, model, folder)
+    logger.info(f"The expanded model on each source's test data, in percent:\n{_table(results, trivial)}")
+    logger.info(f"Pictures of its predictions are in {folder}.")
+    return {"expanded": results, "trivial": trivial}
+
+
+def _report_student(plan: Plan, weights: Path) -> dict[str, Any]:
+    """Probe the student on downstream data, show the table."""
+    probes = probe_student(plan, weights)
+    if probes:
+        rows = [(name, found["student"], found["random"]) for name, found in probes.items()]
+        table = tabulate(rows, headers=["downstream data", "student", "random weights"], floatfmt=".1f")
+        logger.info(f"The student's linear-probe accuracy, in percent:\n{table}")
+    logger.info(f"The student is an ordinary ResNet: use {weights} as MODEL.WEIGHTS of any Detectron2 config.")
+    return {"probes": probes}
+
+
+def _table(results: SourceResults, trivial: Mapping[str, Mapping[str, Mapping[str, float]]]) -> str:
+    rows = [
+        (source, name, metric, value, trivial[source][name].get(metric))
+        for source, by_name in results.items()
+        for name, found in by_name.items()
+        for metric, value in found.items()
+    ]
+    return tabulate(rows, headers=["source", "test data", "metric", "expanded", "trivial predictor"], floatfmt=".1f")
+
+
+def _draw(plan: Plan, model: XLearner, folder: Path) -> None:
+    model.eval()  # the heads' branches are not theirs to switch
+    for source in plan.sources:
+        mapper = build_mapper(plan.heads[source.name], is_train=False)
+        for name in source.test:
+            with model.autocast():
+                output = folder / f"{source.name}_{name}.png"
+                draw_dataset_predictions(model.heads[source.name], name, mapper, output_file=output)

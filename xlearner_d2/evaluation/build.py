@@ -1,0 +1,259 @@
+"""The evaluator of a data set, chosen by its metadata, and the headline numbers of an evaluation."""
+
+import contextlib
+import functools
+import io
+import logging
+import os
+from collections import OrderedDict, defaultdict
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import numpy as np
+from detectron2.data import DatasetCatalog, Metadata, MetadataCatalog
+from detectron2.evaluation import COCOEvaluator, DatasetEvaluator, PascalVOCDetectionEvaluator, SemSegEvaluator
+from detectron2.evaluation.coco_evaluation import COCOeval, COCOeval_opt
+from detectron2.evaluation.pascal_voc_evaluation import parse_rec
+from detectron2.utils.file_io import PathManager
+from PIL import Image
+from pycocotools.coco import COCO
+
+from .classification import ClassificationEvaluator
+
+logger = logging.getLogger(__name__)
+
+#: The metric that stands for each kind of result that Detectron2's evaluators return.
+HEADLINES: dict[str, str] = {
+    "bbox": "AP",
+    "segm": "AP",
+    "keypoints": "AP",
+    "sem_seg": "mIoU",
+    "panoptic_seg": "PQ",
+    "classification": "top1",
+}
+
+
+def main_metric(results: Mapping[str, Mapping[str, float]]) -> dict[str, float]:
+    """One number per kind of prediction, named as Detectron2 names it in metrics.json.
+
+    Args:
+        results: what one evaluator returned; may be empty.
+
+    Returns:
+        for example ``{"bbox/AP": 41.2, "segm/AP": 37.0}``, in percent; NaN where a metric is undefined.
+    """
+    return {
+        f"{kind}/{metric}": float(results[kind][metric])
+        for kind, metric in HEADLINES.items()
+        if metric in results.get(kind, {})
+    }
+
+
+@contextlib.contextmanager
+def _stdout_to_log() -> Iterator[None]:
+    """Send what pycocotools prints to the log, at debug level."""
+    printed = io.StringIO()
+    try:
+        with contextlib.redirect_stdout(printed):
+            yield
+    finally:
+        if printed.getvalue().strip():
+            logger.debug("pycocotools:\n%s", printed.getvalue().strip())
+
+
+class QuietCOCOEvaluator(COCOEvaluator):
+    """Detectron2's COCO evaluator, except in four points.
+
+    Nothing is printed; a model that finds no object gets AP 0 instead of NaN (NaN stays where there is no object to be
+    found); masks are scored whenever the model predicts them, even if it found nothing, but not when objects of the
+    data set lack masks; annotations may lack ``iscrowd`` and ``area``.
+    """
+
+    def __init__(self, dataset_name: str, *, output_dir: str | None):
+        """See :func:`build_evaluator`."""
+        super().__init__(
+            dataset_name,
+            output_dir=output_dir,
+            use_fast_impl=COCOeval_opt is not COCOeval,
+            # A file of an earlier run may describe other data.
+            allow_cached_coco=False,
+        )
+        annotations = self._coco_api.dataset.get("annotations", [])
+        for annotation in annotations:
+            annotation.setdefault("iscrowd", 0)
+            annotation.setdefault("area", annotation["bbox"][2] * annotation["bbox"][3])
+        self._num_without_mask = sum(not annotation.get("segmentation") for annotation in annotations)
+
+    def reset(self) -> None:
+        """Forget all images."""
+        super().reset()
+        self._predicts_masks = False
+
+    def process(self, inputs: list[dict[str, Any]], outputs: list[dict[str, Any]]) -> None:
+        """See :meth:`COCOEvaluator.process`."""
+        super().process(inputs, outputs)
+        self._predicts_masks |= any("instances" in out and out["instances"].has("pred_masks") for out in outputs)
+
+    def evaluate(self, img_ids: list[int] | None = None) -> dict[str, dict[str, float]]:
+        """See :meth:`COCOEvaluator.evaluate`."""
+        with _stdout_to_log():
+            return super().evaluate(img_ids)
+
+    def _tasks_from_predictions(self, predictions: list[dict[str, Any]]) -> list[str]:
+        tasks = set(super()._tasks_from_predictions(predictions))
+        if self._predicts_masks:
+            tasks.add("segm")
+        if "segm" in tasks and self._num_without_mask:
+            logger.warning("Masks are not scored: %d annotations have none.", self._num_without_mask)
+            tasks.remove("segm")
+        return sorted(tasks)
+
+    def _derive_coco_results(self, coco_eval: Any, iou_type: str, class_names: Any = None) -> dict[str, float]:
+        if coco_eval is None:
+            coco_eval = self._evaluate_nothing(iou_type)
+        return super()._derive_coco_results(coco_eval, iou_type, class_names)
+
+    def _evaluate_nothing(self, iou_type: str) -> Any:
+        """COCOeval of no detection at all, which ``loadRes`` of pycocotools cannot express."""
+        empty = COCO()
+        empty.dataset = {**self._coco_api.dataset, "annotations": []}
+        empty.createIndex()
+        coco_eval = COCOeval(self._coco_api, empty, iou_type)
+        coco_eval.evaluate()
+        coco_eval.accumulate()
+        coco_eval.summarize()
+        return coco_eval
+
+
+class PresentClassesVOCEvaluator(PascalVOCDetectionEvaluator):
+    """Detectron2's Pascal VOC evaluator, averaged over the classes that occur in the split.
+
+    Detectron2 averages over all: a class without an object then adds 0, or makes the mean NaN once it is predicted.
+    Objects marked difficult are not evaluated, so they do not count as an occurrence.
+    """
+
+    def __init__(self, dataset_name: str):
+        """
+        Raises:
+            ValueError: if an annotation lacks what the evaluation reads.
+        """
+        super().__init__(dataset_name)
+        self._class_names: list[str] = list(MetadataCatalog.get(dataset_name).thing_classes)
+        present = self._names_in_split()
+        self._present = [index for index, name in enumerate(self._class_names) if name in present]
+
+    def reset(self) -> None:
+        """Forget all images."""
+        self._predictions: dict[int, list[str]] = defaultdict(list)  # contiguous id -> detections
+
+    def evaluate(self) -> dict[str, dict[str, float]]:
+        """AP, AP50 and AP75 below ``bbox``, in percent; empty on all workers but the first or without any object."""
+        if not self._present:
+            logger.warning("No object of %s is to be found, so AP is undefined.", self._dataset_name)
+            return {}
+        everything, names = self._predictions, self._class_names
+        self._predictions = {new: everything[old] for new, old in enumerate(self._present) if old in everything}
+        self._class_names = [names[index] for index in self._present]
+        try:
+            return super().evaluate() or {}
+        finally:
+            self._predictions, self._class_names = everything, names
+
+    def _names_in_split(self) -> set[str]:
+        with PathManager.open(self._image_set_path) as lines:
+            files = [self._anno_file_template.format(line.strip()) for line in lines if line.strip()]
+        names = set()
+        for file in files:
+            try:
+                objects = parse_rec(file)
+            except (AttributeError, ValueError) as error:
+                raise ValueError(
+                    f"{file}: Pascal VOC evaluation needs name, pose, truncated, difficult and a bndbox of whole "
+                    f"numbers for each object ({error})."
+                ) from error
+            names |= {item["name"] for item in objects if not item["difficult"]}
+        return names
+
+
+class CheckedSemSegEvaluator(SemSegEvaluator):
+    """Detectron2's semantic segmentation evaluator for any numpy version, with a clear error for impossible labels."""
+
+    def __init__(self, dataset_name: str, *, output_dir: str | None):
+        """See :func:`build_evaluator`."""
+        meta = MetadataCatalog.get(dataset_name)
+        read = functools.partial(read_labels, num_classes=len(meta.stuff_classes), ignore_label=meta.ignore_label)
+        super().__init__(dataset_name, output_dir=output_dir, sem_seg_loading_fn=read)
+
+    def evaluate(self) -> dict[str, dict[str, float]]:
+        """See :meth:`SemSegEvaluator.evaluate`; empty on all workers but the first."""
+        # Without a single labelled pixel the means are 0 / 0, which is NaN as it should be.
+        with np.errstate(invalid="ignore", divide="ignore"):
+            return super().evaluate() or {}
+
+
+def read_labels(file_name: str, dtype: Any = int, *, num_classes: int, ignore_label: int) -> np.ndarray:
+    """Read a map of class indices.
+
+    Returns:
+        array [height, width] of ``dtype``, writable.
+
+    Raises:
+        ValueError: for a colour image, or a label that is neither a class nor ``ignore_label``.
+    """
+    with PathManager.open(file_name, "rb") as file:
+        labels = np.array(Image.open(file), dtype=dtype)
+    if labels.ndim != 2:
+        raise ValueError(f"{file_name} has shape {labels.shape}, but a PNG of one channel is expected.")
+    wrong = labels[((labels < 0) | (labels >= num_classes)) & (labels != ignore_label)]
+    if wrong.size:
+        raise ValueError(
+            f"{file_name} has the label {wrong[0]}; expected: 0 to {num_classes - 1}, or {ignore_label} to ignore."
+        )
+    return labels
+
+
+def _build_coco(name: str, meta: Metadata, output_dir: str | None) -> DatasetEvaluator:
+    return QuietCOCOEvaluator(name, output_dir=output_dir)
+
+
+def _build_voc(name: str, meta: Metadata, output_dir: str | None) -> DatasetEvaluator:
+    return PresentClassesVOCEvaluator(name)
+
+
+def _build_sem_seg(name: str, meta: Metadata, output_dir: str | None) -> DatasetEvaluator:
+    return CheckedSemSegEvaluator(name, output_dir=output_dir)
+
+
+def _build_classification(name: str, meta: Metadata, output_dir: str | None) -> DatasetEvaluator:
+    return ClassificationEvaluator(class_names=meta.classes)
+
+
+_BUILDERS: OrderedDict[str, Callable[[str, Metadata, str | None], DatasetEvaluator]] = OrderedDict(
+    coco=_build_coco, pascal_voc=_build_voc, sem_seg=_build_sem_seg, classification=_build_classification
+)
+
+
+def build_evaluator(dataset_name: str, *, output_dir: str | None) -> DatasetEvaluator:
+    """Build the evaluator that ``evaluator_type`` of a data set's metadata asks for.
+
+    Args:
+        dataset_name: a registered data set.
+        output_dir: predictions are written to the folder ``dataset_name`` below it; None writes nothing.
+
+    Raises:
+        ValueError: for an unregistered data set, an unknown ``evaluator_type``, or annotations that cannot be used.
+    """
+    if dataset_name not in DatasetCatalog.list():
+        raise ValueError(f"There is no data set {dataset_name!r}; it has to be registered before it is evaluated.")
+    meta = MetadataCatalog.get(dataset_name)
+    kind = meta.get("evaluator_type", None)
+    if kind not in _BUILDERS:
+        raise ValueError(
+            f"evaluator_type of the data set {dataset_name!r} is {kind!r}, but {', '.join(_BUILDERS)} are known."
+        )
+    folder = None
+    if output_dir is not None:
+        # The evaluators use fixed file names, so data sets need a folder each.
+        folder = os.path.join(output_dir, dataset_name)
+        PathManager.mkdirs(folder)
+    return _BUILDERS[kind](dataset_name, meta, folder)

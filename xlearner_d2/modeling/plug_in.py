@@ -1,0 +1,121 @@
+"""A trained branch of the expanded backbone as the backbone of any Detectron2 config.
+
+    MODEL.BACKBONE.NAME build_xlearner_fpn_backbone
+    XLEARNER.PLUG_IN.WEIGHTS output/openmoji/expanded.pth  XLEARNER.PLUG_IN.TASK detection
+
+The config needs the keys of :func:`xlearner_d2.add_xlearner_config`; everything else of it stays as it is.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import yaml
+from detectron2.config import CfgNode, get_cfg
+from detectron2.layers import FrozenBatchNorm2d, ShapeSpec
+from detectron2.modeling import BACKBONE_REGISTRY, FPN, Backbone
+from detectron2.modeling.backbone.fpn import LastLevelMaxPool, LastLevelP6P7
+from torch import Tensor
+
+from ..checkpoint.load import load_strictly, read_checkpoint
+from ..config import add_xlearner_config
+from ..specs import ConfigError, TaskSpec, nearest
+from .expanded import ExpandedBackbone, build_expanded_backbone
+
+
+class ExpandedBranch(Backbone):
+    """One task's branch with the auxiliary branches that it listens to.
+
+    Args:
+        backbone: as trained; what the task does not need of it is dropped.
+        task: whose branch.
+        out_features: stages to return.
+    """
+
+    def __init__(self, *, backbone: ExpandedBackbone, task: str, out_features: Sequence[str]):
+        super().__init__()
+        shapes = backbone.output_shape(task)
+        missing = [name for name in out_features if name not in shapes]
+        if missing:
+            raise ConfigError([f"MODEL.RESNETS.OUT_FEATURES asks for {missing}, but branch {task!r} has {list(shapes)}."])
+        self.backbone = backbone.only(task)
+        self.task = task
+        self._out_features = list(out_features)
+        self._out_feature_channels = {name: shapes[name].channels for name in out_features}
+        self._out_feature_strides = {name: shapes[name].stride for name in out_features}
+
+    def forward(self, x: Tensor) -> dict[str, Tensor]:
+        """Features of normalised images (N, 3, H, W), by stage."""
+        features = self.backbone(x, self.task)
+        return {name: features[name] for name in self._out_features}
+
+
+def load_expanded_backbone(path: str) -> ExpandedBackbone:
+    """Build the backbone of an expanded checkpoint from the description in the file, and load it strictly.
+
+    Raises:
+        ConfigError: when the file is no expanded checkpoint.
+    """
+    checkpoint = read_checkpoint(path)
+    if "tasks" not in checkpoint.get("xlearner", {}):
+        raise ConfigError([f"{path} is no expanded checkpoint; one is called expanded.pth in the output of expand."])
+    stored: dict[str, Any] = yaml.safe_load(checkpoint["xlearner"]["config"])
+    cfg = get_cfg()
+    add_xlearner_config(cfg)
+    cfg.MODEL.PIXEL_MEAN = stored["MODEL"]["PIXEL_MEAN"]
+    cfg.MODEL.BACKBONE.FREEZE_AT = 0
+    cfg.MODEL.RESNETS.merge_from_other_cfg(CfgNode(stored["MODEL"]["RESNETS"]))
+    for key in ("SHARING", "RECONCILIATION", "CHANNELS_LAST"):
+        cfg.XLEARNER.merge_from_other_cfg(CfgNode({key: stored["XLEARNER"][key]}))
+    tasks = [TaskSpec(**_tuples(task)) for task in checkpoint["xlearner"]["tasks"]]
+    backbone = build_expanded_backbone(cfg, tasks)
+    prefix = "backbone."
+    state = {name.removeprefix(prefix): v for name, v in checkpoint["model"].items() if name.startswith(prefix)}
+    load_strictly(backbone, state, path=path)
+    return backbone
+
+
+def _tuples(record: dict[str, Any]) -> dict[str, Any]:
+    return {key: tuple(value) if isinstance(value, list) else value for key, value in record.items()}
+
+
+@BACKBONE_REGISTRY.register()
+def build_xlearner_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> ExpandedBranch:
+    """The branch ``XLEARNER.PLUG_IN.TASK`` of ``XLEARNER.PLUG_IN.WEIGHTS``, where a plain ResNet would stand.
+
+    ``MODEL.RESNETS.OUT_FEATURES``, ``MODEL.BACKBONE.FREEZE_AT`` and a frozen ``MODEL.RESNETS.NORM`` are honoured.
+    """
+    options = cfg.XLEARNER.PLUG_IN
+    backbone = load_expanded_backbone(options.WEIGHTS)
+    if options.TASK not in backbone.tasks:
+        hint = nearest(options.TASK, backbone.tasks)
+        raise ConfigError([f"XLEARNER.PLUG_IN.TASK is {options.TASK!r}, no task of {options.WEIGHTS}.{hint}"])
+    branch = ExpandedBranch(backbone=backbone, task=options.TASK, out_features=cfg.MODEL.RESNETS.OUT_FEATURES)
+    branch.backbone.branches[backbone.branch_of[options.TASK]].freeze(cfg.MODEL.BACKBONE.FREEZE_AT)
+    if cfg.MODEL.RESNETS.NORM == "FrozenBN":
+        FrozenBatchNorm2d.convert_frozen_batchnorm(branch)
+    return branch
+
+
+def _fpn(cfg: CfgNode, bottom_up: Backbone, top_block: Any) -> FPN:
+    return FPN(
+        bottom_up=bottom_up,
+        in_features=cfg.MODEL.FPN.IN_FEATURES,
+        out_channels=cfg.MODEL.FPN.OUT_CHANNELS,
+        norm=cfg.MODEL.FPN.NORM,
+        top_block=top_block,
+        fuse_type=cfg.MODEL.FPN.FUSE_TYPE,
+    )
+
+
+@BACKBONE_REGISTRY.register()
+def build_xlearner_fpn_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> FPN:
+    """An FPN over the branch, where ``build_resnet_fpn_backbone`` would stand."""
+    return _fpn(cfg, build_xlearner_backbone(cfg, input_shape), LastLevelMaxPool())
+
+
+@BACKBONE_REGISTRY.register()
+def build_xlearner_retinanet_fpn_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> FPN:
+    """An FPN with P6 and P7 over the branch, where ``build_retinanet_resnet_fpn_backbone`` would stand."""
+    bottom_up = build_xlearner_backbone(cfg, input_shape)
+    channels = bottom_up.output_shape()["res5"].channels
+    return _fpn(cfg, bottom_up, LastLevelP6P7(channels, cfg.MODEL.FPN.OUT_CHANNELS))

@@ -1,0 +1,248 @@
+"""A grid of pictures: what is there on the left, what the model sees on the right."""
+
+import copy
+import functools
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from detectron2.data import DatasetCatalog, Metadata, MetadataCatalog
+from detectron2.data import detection_utils as utils
+from detectron2.data.transforms import ResizeTransform, TransformList
+from detectron2.evaluation.evaluator import inference_context
+from detectron2.structures import Instances
+from detectron2.utils.colormap import colormap
+from detectron2.utils.visualizer import Visualizer
+from PIL import Image, ImageDraw, ImageFont
+from torch.nn import functional as F
+
+Record = Mapping[str, Any]
+Colour = tuple[float, float, float]
+Line = tuple[str, Colour]  # of a caption
+KINDS = ("instances", "sem_seg", "scores")
+_GREEN, _RED, _WHITE = (0.45, 0.95, 0.45), (1.0, 0.5, 0.45), (1.0, 1.0, 1.0)
+_MARGIN, _HEADER = 6, 34
+
+
+def draw_dataset_predictions(
+    model: Callable[[list[dict[str, Any]]], list[dict[str, Any]]],
+    dataset_name: str,
+    mapper: Callable[[dict[str, Any]], dict[str, Any]],
+    *,
+    output_file: str | Path,
+    num_images: int = 8,
+    score_threshold: float = 0.5,
+) -> None:
+    """Run a model on images spread evenly over a data set and draw its predictions; see :func:`draw_predictions`.
+
+    Args:
+        model: in evaluation mode during the call if it is a module, takes one mapped record at a time.
+        dataset_name: a registered data set.
+        mapper: turns a record into an input of the model, such as ``DatasetMapper(…, is_train=False)``.
+        output_file, score_threshold: see :func:`draw_predictions`.
+        num_images: fewer if the data set is smaller.
+
+    Raises:
+        ValueError: for an empty data set, and as :func:`draw_predictions`.
+    """
+    records = DatasetCatalog.get(dataset_name)
+    if not records or num_images < 1:
+        raise ValueError(f"{num_images} of the {len(records)} images of {dataset_name!r} cannot be drawn.")
+    # The same images at every call, so that pictures of several models can be compared.
+    chosen = np.linspace(0, len(records) - 1, min(num_images, len(records))).round().astype(int)
+    records = [records[index] for index in chosen]
+    with torch.no_grad(), inference_context(model) if isinstance(model, torch.nn.Module) else nullcontext():
+        outputs = [model([mapper(copy.deepcopy(record))])[0] for record in records]
+    draw_predictions(
+        records, outputs, MetadataCatalog.get(dataset_name), output_file=output_file, score_threshold=score_threshold
+    )
+
+
+def draw_predictions(
+    records: Sequence[Record],
+    outputs: Sequence[Mapping[str, Any]],
+    metadata: Metadata,
+    *,
+    output_file: str | Path,
+    score_threshold: float = 0.5,
+    max_fallback: int = 5,
+    cell_size: int = 480,
+) -> None:
+    """Write a PNG with the ground truth next to the prediction for each image.
+
+    Args:
+        records: data set records with ``file_name`` and any of ``annotations``, ``sem_seg_file_name``, ``category_id``.
+        outputs: one per record, in the size of its file, with any of ``instances``, ``sem_seg`` (logits [C, H, W]) and
+            ``scores`` ([C]; probabilities, or logits, which a softmax turns into probabilities).
+        metadata: names and, if it has them, colours of the classes.
+        output_file: its folder is created.
+        score_threshold: instances below it are left out; if that leaves none, the best ones are drawn.
+        max_fallback: how many are drawn then.
+        cell_size: longer edge of every picture, in pixels; small images are enlarged to it, large ones reduced.
+
+    Raises:
+        ValueError: for no image, another number of outputs than records, or an output that cannot be drawn.
+    """
+    if not records or len(records) != len(outputs):
+        raise ValueError(f"Got {len(records)} records and {len(outputs)} outputs, but as many of each are expected.")
+    for output in outputs:
+        if not set(KINDS) & set(output):
+            raise ValueError(
+                f"An output has only {', '.join(output) or 'nothing'}, but one of {', '.join(KINDS)} is drawn."
+            )
+    metadata = _with_colours(metadata)
+    cells = []
+    for record, output in zip(records, outputs, strict=True):
+        image = utils.read_image(record["file_name"], format="RGB")
+        transform = _resize(image, cell_size)
+        image = transform.apply_image(image)
+        left, right = Visualizer(image, metadata), Visualizer(image, metadata)
+        _draw_truth(left, record, output, transform)
+        _draw_output(right, record, output, score_threshold=score_threshold, max_fallback=max_fallback)
+        cells += [left.output.get_image(), right.output.get_image()]
+    Path(output_file).parent.mkdir(parents=True, exist_ok=True)
+    _compose(cells, pairs_per_row=1 if len(records) == 1 else 2).save(output_file)
+
+
+def _resize(image: np.ndarray, cell_size: int) -> ResizeTransform:
+    height, width = image.shape[:2]
+    scale = cell_size / max(height, width)
+    return ResizeTransform(
+        height, width, *(max(1, round(side * scale)) for side in (height, width)), Image.Resampling.BICUBIC
+    )
+
+
+def _with_colours(metadata: Metadata) -> Metadata:
+    """A copy in which every class has a fixed colour, so that both sides of a pair agree."""
+    result = Metadata(**metadata.as_dict())
+    palette = colormap(rgb=True, maximum=255).astype(int)
+    # Dark and grey colours cannot be told apart on a photograph.
+    palette = palette[(palette.max(axis=1) >= 180) & (np.ptp(palette, axis=1) >= 60)].tolist()
+    for kind in ("thing", "stuff"):
+        names = result.get(f"{kind}_classes", ())
+        if not result.get(f"{kind}_colors", None):
+            result.set(**{f"{kind}_colors": [palette[index % len(palette)] for index in range(len(names))]})
+    return result
+
+
+def _overlay(visualizer: Visualizer, classes: Sequence[int], *, scores: Sequence[float] | None, **shapes: Any) -> None:
+    names, colours = visualizer.metadata.get("thing_classes", ()), visualizer.metadata.thing_colors
+    labels = [names[index] if index < len(names) else str(index) for index in classes]
+    if scores is not None:
+        labels = [f"{label} {score:.0%}" for label, score in zip(labels, scores, strict=True)]
+    fill = [tuple(channel / 255 for channel in colours[index % len(colours)]) for index in classes] if colours else None
+    visualizer.overlay_instances(labels=labels, assigned_colors=fill, **shapes)
+
+
+def _draw_truth(visualizer: Visualizer, record: Record, output: Mapping[str, Any], transform: ResizeTransform) -> None:
+    """Draw of the record what the output predicts."""
+    if "sem_seg" in output and "sem_seg_file_name" in record:
+        labels = utils.read_image(record["sem_seg_file_name"]).astype(np.uint8)
+        _draw_labels(visualizer, transform.apply_segmentation(labels))
+    if "instances" in output:
+        size = (transform.new_h, transform.new_w)
+        change = functools.partial(
+            utils.transform_instance_annotations, transforms=TransformList([transform]), image_size=size
+        )
+        items = [change(copy.deepcopy(item)) for item in record.get("annotations", ())]
+        has_masks = (
+            bool(items)
+            and output["instances"].has("pred_masks")
+            and all(i.get("segmentation") is not None for i in items)
+        )
+        _overlay(
+            visualizer,
+            [item["category_id"] for item in items],
+            scores=None,
+            boxes=np.array([item["bbox"] for item in items]).reshape(-1, 4),
+            masks=[item["segmentation"] for item in items] if has_masks else None,
+        )
+    if "scores" in output and "category_id" in record:
+        names = visualizer.metadata.get("classes", ())
+        _caption(visualizer, [(_name(names, record["category_id"]), _WHITE)])
+
+
+def _draw_output(
+    visualizer: Visualizer, record: Record, output: Mapping[str, Any], *, score_threshold: float, max_fallback: int
+) -> None:
+    height, width = visualizer.img.shape[:2]
+    if "sem_seg" in output:
+        logits = output["sem_seg"].detach().float().cpu()[None]
+        logits = F.interpolate(logits, size=(height, width), mode="bilinear", align_corners=False)
+        _draw_labels(visualizer, logits[0].argmax(dim=0).numpy())
+    if "instances" in output:
+        instances = _best(output["instances"].to("cpu"), score_threshold, max_fallback)
+        boxes = instances.pred_boxes.tensor.detach().clone()
+        boxes *= torch.tensor([width / instances.image_size[1], height / instances.image_size[0]]).repeat(2)
+        masks = None
+        if instances.has("pred_masks"):
+            small = instances.pred_masks.float()[:, None]  # [instances, 1, height, width]
+            masks = (
+                [mask[0].numpy() for mask in F.interpolate(small, size=(height, width)).byte()] if len(small) else []
+            )
+        classes, scores = instances.pred_classes.tolist(), instances.scores.tolist()
+        _overlay(visualizer, classes, scores=scores, boxes=boxes.numpy(), masks=masks)
+    if "scores" in output:
+        _caption(visualizer, _guesses(output["scores"], record, visualizer.metadata.get("classes", ())))
+
+
+def _best(instances: Instances, score_threshold: float, max_fallback: int) -> Instances:
+    """Instances from ``score_threshold`` on, or the ``max_fallback`` best if there are none."""
+    above = instances[instances.scores >= score_threshold]
+    return above if len(above) else instances[instances.scores.argsort(descending=True)[:max_fallback]]
+
+
+def _draw_labels(visualizer: Visualizer, labels: np.ndarray) -> None:
+    visualizer.draw_sem_seg(labels, area_threshold=0, alpha=0.55)
+
+
+def _name(names: Sequence[str], index: int) -> str:
+    return names[index] if index < len(names) else str(index)
+
+
+def _guesses(scores: torch.Tensor, record: Record, names: Sequence[str]) -> list[Line]:
+    """Up to three lines "class probability": green if right, red if the first one is wrong."""
+    scores = scores.detach().float().cpu()
+    if scores.min() < 0 or abs(float(scores.sum()) - 1) > 1e-2:
+        scores = scores.softmax(dim=0)
+    lines = []
+    for rank, index in enumerate(scores.argsort(descending=True)[:3].tolist()):
+        right = index == record.get("category_id")
+        colour = _GREEN if right else _RED if rank == 0 else _WHITE
+        lines.append((f"{_name(names, index)} {float(scores[index]):.0%}", colour))
+    return lines
+
+
+def _caption(visualizer: Visualizer, lines: Sequence[Line]) -> None:
+    """Lines of text from the top left corner downwards."""
+    height = visualizer.img.shape[0]
+    size = max(visualizer._default_font_size, 14)
+    for number, (text, colour) in enumerate(lines):
+        position = (8, 8 + number * min(2.1 * size, height / 4))
+        visualizer.draw_text(text, position, font_size=size, color=colour, horizontal_alignment="left")
+
+
+def _compose(cells: Sequence[np.ndarray], *, pairs_per_row: int) -> Image.Image:
+    """Pictures in rows of pairs, each centred in its cell, below a line of column titles."""
+    columns = 2 * pairs_per_row
+    rows = [cells[start : start + columns] for start in range(0, len(cells), columns)]
+    width = max(cell.shape[1] for cell in cells)
+    # A wider gap between pairs than within one.
+    lefts = [_MARGIN + column * (width + _MARGIN) + column // 2 * 3 * _MARGIN for column in range(columns)]
+    heights = [max(cell.shape[0] for cell in row) for row in rows]
+    size = (lefts[-1] + width + _MARGIN, _HEADER + sum(height + _MARGIN for height in heights))
+    sheet = Image.new("RGB", size, "white")
+    draw, font = ImageDraw.Draw(sheet), ImageFont.load_default(size=22)
+    for column, left in enumerate(lefts):
+        title = "prediction" if column % 2 else "ground truth"
+        draw.text((left + width // 2, _HEADER // 2), title, fill="black", font=font, anchor="mm")
+    top = _HEADER
+    for row, height in zip(rows, heights, strict=True):
+        for left, cell in zip(lefts, row, strict=False):
+            corner = (left + (width - cell.shape[1]) // 2, top + (height - cell.shape[0]) // 2)
+            sheet.paste(Image.fromarray(cell), corner)
+        top += height + _MARGIN
+    return sheet
