@@ -15,6 +15,7 @@ for name in (
     "detectron2.config.config",  # "has no VERSION", for every head
     "detectron2.data.common",  # three lines on serialising each data set
     "detectron2.data.dataset_mapper",  # the augmentations of each source, which its config says
+    "torch.fx._symbolic_trace",  # Detectron2 asks whether it is being traced
     "detectron2.evaluation.sem_seg_evaluation",  # a dict on one line, which the closing table says readably
 ):
     logging.getLogger(name).setLevel(logging.ERROR)

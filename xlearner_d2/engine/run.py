@@ -65,7 +65,7 @@ def _set_up(plan: Plan, args: argparse.Namespace) -> None:
         (Path(folder) / "config.yaml").write_text(plan.cfg.dump())
     comm.synchronize()
     for name in ("fvcore", "detectron2", "xlearner_d2"):
-        setup_logger(folder, distributed_rank=comm.get_rank(), name=name)
+        setup_logger(folder, distributed_rank=comm.get_rank(), name=name).setLevel(logging.INFO)
     logger.info(f"Command: {args}")
     logger.info(f"\n{explain(plan)}")
 

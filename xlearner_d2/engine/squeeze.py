@@ -30,10 +30,11 @@ logger = logging.getLogger(__name__)
 class SqueezeHook(HookBase):
     """One distillation step after each step of whatever trainer it is attached to; at the end, export the student.
 
-    The step itself is Detectron2's own trainer, with its mixed precision and its logging (under ``squeeze/``), around
-    a :class:`Distiller`. All state is in :meth:`state_dict`, so the outer trainer's checkpoints hold it.
+    The step itself is Detectron2's own trainer, with its mixed precision and its logging, around a
+    :class:`Distiller`. All state is in :meth:`state_dict`, so the outer trainer's checkpoints hold it.
 
     Args:
+        scope: prefix of what is logged, to tell it from what the outer trainer logs.
         trainer: steps a distiller with an optimiser and batches of its own.
         scheduler: of that optimiser's learning rate, stepped once a step.
         recalibration: batches ``{source: records}`` over which the student's BN statistics are estimated at the end.
@@ -44,12 +45,14 @@ class SqueezeHook(HookBase):
     def __init__(
         self,
         *,
+        scope: str,
         trainer: SimpleTrainer,
         scheduler: Any,
         recalibration: Iterable[Any],
         recalibration_steps: int,
         export: Any,
     ):
+        self.scope = scope
         self.inner = trainer
         self.scheduler = scheduler
         self.recalibration = recalibration
@@ -63,7 +66,7 @@ class SqueezeHook(HookBase):
 
     def after_step(self) -> None:
         self.inner.iter = self.trainer.iter
-        with self.trainer.storage.name_scope("squeeze"):
+        with self.trainer.storage.name_scope(self.scope):
             self.trainer.storage.put_scalar("lr", self.inner.optimizer.param_groups[0]["lr"], smoothing_hint=False)
             self.inner.run_step()
         self.scheduler.step()
@@ -127,12 +130,15 @@ def build_student(plan: Plan, teacher: XLearner) -> ResNet:
     return student
 
 
-def build_squeeze_hook(plan: Plan, teacher: XLearner, batches: Iterable[Any], *, max_iter: int) -> SqueezeHook:
+def build_squeeze_hook(
+    plan: Plan, teacher: XLearner, batches: Iterable[Any], *, max_iter: int, scope: str = ""
+) -> SqueezeHook:
     """A hook that squeezes ``teacher`` with ``batches``, over ``max_iter`` steps.
 
     Args:
         teacher: frozen, or (online) still being trained.
         batches: an iterable of ``{source: records}``.
+        scope: prefix of what is logged.
     """
     cfg = squeeze_config(plan.cfg)
     cfg.SOLVER.MAX_ITER = max_iter
@@ -152,6 +158,7 @@ def build_squeeze_hook(plan: Plan, teacher: XLearner, batches: Iterable[Any], *,
         logger.info(f"The student is in {path}: give it to MODEL.WEIGHTS of any Detectron2 config of its depth.")
 
     return SqueezeHook(
+        scope=scope,
         trainer=build_step_trainer(cfg, distiller, batches, optimizer),
         scheduler=build_lr_scheduler(cfg, optimizer),
         recalibration=build_loader(plan, seed_offset=1),
@@ -180,7 +187,7 @@ def squeeze(plan: Plan, *, resume_run: bool) -> None:
     loader = build_loader(plan)
     hook = build_squeeze_hook(plan, teacher, loader, max_iter=max_iter)
     trainer = HookTrainer()
-    trainer.register_hooks([StepSeed(max(plan.cfg.SEED, 0)), hooks.IterationTimer(), hook])
+    trainer.register_hooks([StepSeed(max(plan.cfg.SEED, 0)), hook, hooks.IterationTimer()])  # the timer times the hook
     checkpointer = TrainingCheckpointer(hook.distiller.student, str(folder), trainer=trainer)
     trainer.register_hooks(common_hooks(plan.cfg, checkpointer, folder))
     start = resume(trainer, checkpointer, wanted=resume_run)

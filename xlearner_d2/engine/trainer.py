@@ -140,9 +140,9 @@ def expand(plan: Plan, *, resume_run: bool) -> XLearner:
     trainer.register_hooks(
         [
             StepSeed(max(cfg.SEED, 0)),  # first: everything after it may draw random numbers
-            hooks.IterationTimer(),
             hooks.LRScheduler(optimizer, build_lr_scheduler(cfg, optimizer)),
             *_online_squeeze(plan, model, latest),  # learns from the branches as this step left them
+            hooks.IterationTimer(),  # times the squeeze as well
             hooks.EvalHook(cfg.TEST.EVAL_PERIOD, lambda: evaluate_sources(model, plan), eval_after_train=False),
         ]
     )
@@ -163,4 +163,4 @@ def _online_squeeze(plan: Plan, model: XLearner, latest: LatestBatch) -> list[Ho
         return []
     from .squeeze import build_squeeze_hook
 
-    return [build_squeeze_hook(plan, model, latest.again(), max_iter=plan.cfg.SOLVER.MAX_ITER)]
+    return [build_squeeze_hook(plan, model, latest.again(), max_iter=plan.cfg.SOLVER.MAX_ITER, scope="squeeze")]

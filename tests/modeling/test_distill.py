@@ -1,0 +1,322 @@
+"""The laws of the squeeze loss, and that the teacher stays as it is."""
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from detectron2.config import CfgNode
+from detectron2.evaluation import inference_context
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+from xlearner_d2 import XLearner
+from xlearner_d2.modeling.distill import (
+    DISTANCES,
+    NORMALISERS,
+    Distiller,
+    L2Normaliser,
+    PHIStandardiser,
+    Standardiser,
+    matched_stages,
+)
+from xlearner_d2.modeling.expanded import build_branch
+
+STAGES = ("res2", "res3", "res4", "res5")
+
+MakeDistiller = Callable[..., Distiller]
+MakeBatches = Callable[..., dict[str, list[dict[str, Any]]]]
+
+
+@pytest.fixture
+def make_distiller(tiny_cfg: CfgNode, make_model: Callable[..., XLearner]) -> MakeDistiller:
+    """A narrow student of all branches: ``make_distiller(distance="mse")``."""
+
+    def make(*opts: Any, teacher: XLearner | None = None, res5_dilation: int = 1, **options: Any) -> Distiller:
+        teacher = teacher or make_model(*opts)
+        torch.manual_seed(1)
+        student = build_branch(tiny_cfg, out_features=STAGES, res5_dilation=res5_dilation)
+        return Distiller(student=student, teacher=teacher, **{"stage_weights": dict.fromkeys(STAGES, 1.0), **options})
+
+    return make
+
+
+def state_of(module: nn.Module) -> dict[str, Tensor]:
+    return {name: value.clone() for name, value in module.state_dict().items()}
+
+
+def equal(first: dict[str, Tensor], second: dict[str, Tensor]) -> bool:
+    return first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)
+
+
+def correlated(channels: int, *, seed: int = 0) -> Tensor:
+    """Features (6, C, 7, 5) of channels that have different means, variances and correlations."""
+    generator = torch.Generator().manual_seed(seed)
+    mix = torch.randn(channels, channels, generator=generator) * torch.logspace(-1, 1, channels)
+    found = torch.einsum("nchw,cd->ndhw", torch.randn(6, channels, 7, 5, generator=generator), mix)
+    return found + 3 * torch.randn(channels, 1, 1, generator=generator)
+
+
+def points(features: Tensor) -> np.ndarray:
+    return features.movedim(1, -1).flatten(0, -2).double().numpy()
+
+
+def make_identical(distiller: Distiller, task: str) -> None:
+    """Give the student the branch's weights, and the projectors the identity."""
+    distiller.student.load_state_dict(distiller.teacher.backbone.branches[task].state_dict())
+    for projector in distiller.projectors[task].values():
+        nn.init.dirac_(projector.weight)
+        nn.init.zeros_(projector.bias)
+
+
+# Distances
+
+
+@pytest.mark.parametrize("name", DISTANCES)
+def test_distance_is_zero_at_the_target_alone(name: str) -> None:
+    target = torch.randn(2, 5, 4, 4, generator=torch.Generator().manual_seed(0))
+    assert DISTANCES[name](target, target).abs() < 1e-6
+    assert DISTANCES[name](-target, target) > 0.1
+
+
+def test_mixed_distance_is_half_of_each() -> None:
+    hint, target = torch.randn(2, 2, 5, 4, 4, generator=torch.Generator().manual_seed(0))
+    halves = 0.5 * DISTANCES["cosine"](hint, target) + 0.5 * DISTANCES["smooth_l1"](hint, target)
+    torch.testing.assert_close(DISTANCES["cosine_smooth_l1"](hint, target), halves)
+
+
+@pytest.mark.parametrize("distance", DISTANCES)
+def test_identical_student_has_no_hint_loss(
+    make_distiller: MakeDistiller, make_batches: MakeBatches, distance: str
+) -> None:
+    distiller = make_distiller("XLEARNER.SHARING", "separate", distance=distance, normaliser="none").eval()
+    make_identical(distiller, "detection")
+    losses = distiller(make_batches())
+    assert losses["loss_hint_detection"].abs() < 1e-6
+    assert losses["loss_hint_segmentation"] > 1e-3
+
+
+# Normalisers
+
+
+@settings(deadline=None, max_examples=25)
+@given(st.lists(st.tuples(st.floats(-5, 5), st.floats(0.1, 5)), min_size=1, max_size=100), st.integers(0, 99))
+def test_statistics_are_those_of_all_data_seen(batches: list[tuple[float, float]], seed: int) -> None:
+    generator = np.random.default_rng(seed)
+    data = [generator.normal(mean, deviation, (2, 3, 4, 4)).astype("float32") for mean, deviation in batches]
+    normaliser = Standardiser(3)
+    for features in data:
+        normaliser.update(torch.from_numpy(features))
+    everything = np.stack(data).astype("float64")
+    np.testing.assert_allclose(normaliser.mean, everything.mean((0, 1, 3, 4)), rtol=1e-3, atol=1e-3)
+    np.testing.assert_allclose(normaliser.var, everything.var((0, 1, 3, 4)), rtol=1e-3, atol=1e-3)
+
+
+def test_statistics_forget_exponentially_after_the_first_batches() -> None:
+    data = np.random.default_rng(0).normal(size=(30, 2, 3, 4, 4)) * np.linspace(1, 3, 30)[:, None, None, None, None]
+    normaliser = Standardiser(3, min_momentum=0.1)
+    for features in data:
+        normaliser.update(torch.from_numpy(features).float())
+    weights = np.array([0.1 * 0.9**20] * 10 + [0.1 * 0.9 ** (29 - i) for i in range(10, 30)])[:, None]
+    assert weights.sum() == pytest.approx(1)
+    mean = (weights * data.mean((1, 3, 4))).sum(0)
+    var = (weights * (data**2).mean((1, 3, 4))).sum(0) - mean**2
+    np.testing.assert_allclose(normaliser.mean, mean, rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(normaliser.var, var, rtol=1e-4)
+
+
+def test_standardised_features_have_no_mean_and_unit_variance() -> None:
+    normaliser, features = Standardiser(8), correlated(8)
+    normaliser.update(features)
+    found = points(normaliser(features))
+    np.testing.assert_allclose(found.mean(0), 0, atol=1e-5)
+    np.testing.assert_allclose(found.var(0), 1, rtol=1e-3)
+
+
+def test_constant_channel_stays_finite() -> None:
+    normaliser = Standardiser(2)
+    for _ in range(3):
+        normaliser.update(torch.full((1, 2, 2, 2), 4.0))
+    assert not normaliser(torch.full((1, 2, 2, 2), 4.0)).any()
+
+
+def test_phi_s_gives_all_channels_one_variance() -> None:
+    normaliser, features = PHIStandardiser(8), correlated(8)
+    for _ in range(40):
+        normaliser.update(features)
+    covariance = np.cov(points(normaliser(features)), rowvar=False, bias=True)
+    np.testing.assert_allclose(np.diag(covariance), 1, rtol=1e-3)
+    np.testing.assert_allclose(points(normaliser(features)).mean(0), 0, atol=1e-4)
+
+
+def test_phi_s_is_a_rotation_up_to_one_scale() -> None:
+    normaliser, features = PHIStandardiser(8), correlated(8)
+    normaliser.update(features)
+    gram = normaliser.rotation.double() @ normaliser.rotation.double().T
+    scale = 1 / np.cov(points(features), rowvar=False, bias=True).diagonal().mean()
+    torch.testing.assert_close(gram, scale * torch.eye(8).double(), rtol=1e-3, atol=1e-3 * scale)
+
+
+def test_phi_s_settles() -> None:
+    normaliser = PHIStandardiser(4, last_update=4)
+    for seed in range(4):
+        normaliser.update(correlated(4, seed=seed))
+    settled = state_of(normaliser)
+    normaliser.update(correlated(4, seed=9))
+    assert equal(settled, normaliser.state_dict())
+
+
+def test_phi_s_needs_a_power_of_two() -> None:
+    with pytest.raises(ValueError, match="power of 2"):
+        PHIStandardiser(6)
+
+
+def test_l2_norm_is_the_root_of_the_channels() -> None:
+    norms = L2Normaliser()(correlated(9)).norm(dim=1)
+    torch.testing.assert_close(norms, torch.full_like(norms, 3.0))
+
+
+@pytest.mark.parametrize("name", NORMALISERS)
+def test_statistics_move_in_training_only(make_distiller: MakeDistiller, make_batches: MakeBatches, name: str) -> None:
+    distiller = make_distiller(normaliser=name)
+    before = state_of(distiller.normalisers)
+    distiller.eval()(make_batches())
+    assert equal(before, distiller.normalisers.state_dict())
+    distiller.train()(make_batches())
+    assert bool(before) != equal(before, distiller.normalisers.state_dict())
+
+
+# Teacher
+
+
+@pytest.mark.parametrize("frozen", [True, False])
+def test_teacher_is_left_alone(make_distiller: MakeDistiller, make_batches: MakeBatches, frozen: bool) -> None:
+    distiller = make_distiller().train()
+    teacher = distiller.teacher.freeze() if frozen else distiller.teacher.train()
+    before, modes = state_of(teacher), [module.training for module in teacher.modules()]
+    sum(distiller(make_batches()).values()).backward()
+    assert equal(before, teacher.state_dict())
+    assert [p for p in teacher.parameters() if p.grad is not None] == []
+    assert [module.training for module in teacher.modules()] == modes
+
+
+def test_frozen_teacher_stays_frozen(make_distiller: MakeDistiller, make_batches: MakeBatches) -> None:
+    distiller = make_distiller()
+    teacher = distiller.teacher.freeze()
+    distiller.train()
+    teacher.train()
+    with inference_context(teacher), torch.no_grad():
+        teacher(make_batches())
+    assert not any(module.training for module in teacher.modules())
+    assert not any(p.requires_grad for p in teacher.parameters())
+
+
+def test_teacher_is_in_no_state_dict(make_distiller: MakeDistiller) -> None:
+    distiller = make_distiller()
+    assert {name.split(".")[0] for name in distiller.state_dict()} == {"student", "projectors", "normalisers"}
+    teachers = {id(p) for p in distiller.teacher.parameters()}
+    assert not teachers & {id(p) for p in distiller.parameters()}
+    pointers = [value.data_ptr() for value in distiller.state_dict().values()]
+    assert not set(pointers) & {value.data_ptr() for value in distiller.teacher.state_dict().values()}
+
+
+def test_targets_are_those_of_inference(make_distiller: MakeDistiller, make_batches: MakeBatches) -> None:
+    """A teacher in training mode gives the hints it would give in inference."""
+    distiller = make_distiller().eval()
+    distiller.teacher.train()
+    first = distiller(make_batches())
+    distiller.teacher.eval()
+    assert equal(first, distiller(make_batches()))
+
+
+# Distiller
+
+
+@pytest.mark.parametrize("sharing", ["separate", "shared", "detached", "bidirectional"])
+def test_every_parameter_gets_a_gradient(
+    make_distiller: MakeDistiller, make_batches: MakeBatches, sharing: str
+) -> None:
+    distiller = make_distiller("XLEARNER.SHARING", sharing).train()
+    sum(distiller(make_batches()).values()).backward()
+    assert [name for name, p in distiller.named_parameters() if p.grad is None or not p.grad.any()] == []
+
+
+def test_each_task_gives_one_loss_whatever_the_sources_are(
+    make_distiller: MakeDistiller, make_batches: MakeBatches
+) -> None:
+    distiller = make_distiller()
+    expected = {"loss_hint_classification", "loss_hint_detection", "loss_hint_segmentation"}
+    for sources in (("pics",), ("boxes", "areas"), ("pics", "boxes", "areas")):
+        losses = distiller(make_batches(*sources))
+        assert set(losses) == expected
+        assert all(loss.ndim == 0 and loss.isfinite() for loss in losses.values())
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_loss_does_not_depend_on_the_split_over_sources(
+    make_distiller: MakeDistiller, make_batches: MakeBatches, training: bool
+) -> None:
+    images = [item for items in make_batches().values() for item in items]
+    splits = [{"pics": images}, {"pics": images[:2], "boxes": images[2:]}, {"a": images[:1], "b": images[1:]}]
+    losses = [copy.deepcopy(make_distiller().train(training))(split) for split in splits]
+    assert equal(losses[0], losses[1])
+    assert equal(losses[0], losses[2])
+
+
+def resized(items: list[dict[str, Any]], height: int, width: int) -> list[dict[str, Any]]:
+    generator = torch.Generator().manual_seed(height)
+    shape = (3, height, width)
+    return [
+        {**item, "image": torch.randint(0, 256, shape, dtype=torch.uint8, generator=generator)} for item in items
+    ]
+
+
+def test_images_of_one_size_go_together(make_distiller: MakeDistiller, make_batches: MakeBatches) -> None:
+    batches = make_batches()
+    batches["boxes"] = resized(batches["boxes"], 40, 70)  # padded to 64 x 96
+    batches["areas"] = resized(batches["areas"], 60, 64)  # padded to the size of the others
+    distiller = make_distiller().eval()
+    groups = distiller.image_groups(batches)
+    assert [tuple(group.shape) for group in groups] == [(4, 3, 64, 64), (2, 3, 64, 96)]
+    assert not groups[1][:, :, 40:].any()
+    assert not groups[1][:, :, :, 70:].any()
+    alone, others = distiller({"boxes": batches.pop("boxes")}), distiller(batches)
+    mixed = distiller({**batches, "boxes": resized([{}, {}], 40, 70)})
+    for name, loss in mixed.items():
+        torch.testing.assert_close(loss, (4 * others[name] + 2 * alone[name]) / 6)
+
+
+def test_stage_weights_scale_the_stages(make_distiller: MakeDistiller, make_batches: MakeBatches) -> None:
+    def loss(**weights: float) -> Tensor:
+        return make_distiller(stage_weights=weights).eval()(make_batches("pics"))["loss_hint_detection"]
+
+    # Projectors are drawn in the order of the stages, so one stage alone is drawn alike.
+    torch.testing.assert_close(loss(res3=2.5), 2.5 * loss(res3=1.0))
+
+
+def test_branch_without_a_stage_gives_no_hint_of_it(make_distiller: MakeDistiller, tiny_cfg: CfgNode) -> None:
+    opts = [*tiny_cfg.XLEARNER.SOURCES.pics.get("OPTS", []), "MODEL.RESNETS.OUT_FEATURES", ["res4"]]
+    tiny_cfg.XLEARNER.SOURCES.pics.OPTS = [*opts, "MODEL.CLASSIFIER.IN_FEATURE", "res4"]
+    distiller = make_distiller()
+    assert list(distiller.projectors["classification"]) == ["res2", "res3", "res4"]
+    assert list(distiller.projectors["detection"]) == list(STAGES)
+
+
+def test_student_of_another_stride_is_refused(make_distiller: MakeDistiller) -> None:
+    with pytest.raises(ValueError, match="the student's res5 has stride 16, but a branch's 32"):
+        make_distiller(res5_dilation=2)
+
+
+@pytest.mark.parametrize(("option", "name"), [("distance", "euclid"), ("normaliser", "l3")])
+def test_unknown_choice_is_refused(make_distiller: MakeDistiller, option: str, name: str) -> None:
+    with pytest.raises(KeyError, match=name):
+        make_distiller(**{option: name})
+
+
+def test_stages_and_weights_come_in_pairs() -> None:
+    assert matched_stages(["res2", "res3", "res4"], [1.0, 0.0, 0.5]) == {"res2": 1.0, "res4": 0.5}
+    with pytest.raises(ValueError, match="shorter"):
+        matched_stages(["res2", "res3"], [1.0])
