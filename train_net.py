@@ -6,7 +6,11 @@
 """
 
 import argparse
+import os
 import sys
+
+# Before torch is imported: threads that wait without spinning leave the processors to the data loader (7 to 10 %).
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 from xlearner_d2 import load_config
 from xlearner_d2.specs import ConfigError

@@ -39,7 +39,7 @@ def run(*command: str | Path, what: str) -> None:
     print(output, file=sys.stderr)
     network = ("resolve", "connect", "timed out", "network", "dns", "certificate", "fetch", "retries")
     hint = (
-        "The package registry could not be reached: check the network, the proxy and pip's index settings, then run again."
+        "The package registry could not be reached: check the network, the proxy and pip's settings, then run again."
         if any(word in output.lower() for word in network)
         else "The lines above are the installer's own."
     )
@@ -78,8 +78,9 @@ def install_detectron2(python: Path, install: list[str | Path], site: Path) -> N
     if "pip" in map(str, install[1:2]):
         run(*install, "--no-deps", "--python-version", "3.10", DETECTRON2, what=what)
     else:
-        options = "--no-deps --only-binary=:all: --python-version 3.10 --implementation cp --abi none --platform any --upgrade"
-        run(*install, *options.split(), "--target", site, DETECTRON2, what=what)
+        tag = "--python-version 3.10 --implementation cp --abi none --platform any"
+        options = f"--no-deps --only-binary=:all: --upgrade {tag}".split()
+        run(*install, *options, "--target", site, DETECTRON2, what=what)
     for operators in (site / "detectron2").glob("_C.*.so"):
         operators.unlink()  # compiled for CPython 3.10 only
     shutil.rmtree(site / "tools", ignore_errors=True)  # a top-level package the wheel should not carry

@@ -3,7 +3,7 @@
 Importing the package registers its meta-architectures and backbones with Detectron2 and does nothing else.
 """
 
-from . import _quiet  # noqa: F401, I001  must come before Detectron2
+from . import _quiet  # noqa: F401  must come before Detectron2
 from .config import add_xlearner_config, load_config
 from .modeling import ImageClassifier, XLearner
 

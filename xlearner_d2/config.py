@@ -59,6 +59,9 @@ def add_xlearner_config(cfg: CfgNode) -> None:
     # Keys of SOLVER with other values in the squeeze stage.
     q.SOLVER = CfgNode(new_allowed=True)
 
+    # "SGD" as in Detectron2, or "AdamW", which gets further in short runs from scratch.
+    cfg.SOLVER.OPTIMIZER = "AdamW"
+
     x.PLUG_IN = p = CfgNode()
     # For build_xlearner_*_backbone: the expanded checkpoint, and the task whose branch becomes the backbone.
     p.WEIGHTS = ""
@@ -153,25 +156,34 @@ def check_config_file(path: str | Path, *, derived: tuple[Path, ...] = ()) -> No
                 check_config_file(path.parent / Path(base.value).expanduser(), derived=(*derived, path.resolve()))
 
 
-def _merge_record_overrides(cfg: CfgNode, opts: Sequence[str]) -> list[str]:
-    """Apply ``XLEARNER.{SOURCES,DATASETS,PROBES}.name[.KEY] value`` pairs; return the other pairs.
+def _decode(key: str, text: Any) -> Any:
+    """A value of the command line, read as in a file: YAML, and numbers such as 1e-3, which only yacs takes for one."""
+    try:
+        return CfgNode._decode_cfg_value(yaml.safe_load(text) if isinstance(text, str) else text)
+    except yaml.YAMLError as error:
+        raise ConfigError([f"{key}: {text!r} is not valid YAML: {error}"]) from error
 
-    yacs accepts only keys that exist already, but a record may leave keys at their defaults.
+
+def _merge_free_overrides(cfg: CfgNode, opts: Sequence[str]) -> list[str]:
+    """Apply the pairs that may set new keys, and return the others, as yacs accepts only keys that exist already.
+
+    These are ``XLEARNER.{SOURCES,DATASETS}.name[.KEY]``, as a record may leave keys at their defaults, and
+    ``XLEARNER.SQUEEZE.SOLVER.KEY``.
     """
     rest: list[str] = []
     for key, text in zip(opts[::2], opts[1::2], strict=True):
-        parts = key.split(".")
-        if parts[0] != "XLEARNER" or len(parts) not in (3, 4) or parts[1] not in ("SOURCES", "DATASETS", "PROBES"):
-            rest += [key, text]
-            continue
-        value: Any = yaml.safe_load(text) if isinstance(text, str) else text
-        records = cfg.XLEARNER[parts[1]]
-        if len(parts) == 3:
-            records[parts[2]] = CfgNode(value) if isinstance(value, dict) else value
-        elif isinstance(records.get(parts[2]), CfgNode):
-            records[parts[2]][parts[3]] = value
-        else:
-            raise ConfigError([f"{key}: there is no such record.{nearest(parts[2], records)}"])
+        match key.split("."):
+            case ["XLEARNER", "SOURCES" | "DATASETS" as kind, name]:
+                cfg.XLEARNER[kind][name] = _decode(key, text)
+            case ["XLEARNER", "SOURCES" | "DATASETS" as kind, name, inner]:
+                records = cfg.XLEARNER[kind]
+                if not isinstance(records.get(name), CfgNode):
+                    raise ConfigError([f"{key}: there is no such record.{nearest(name, records)}"])
+                records[name][inner] = _decode(key, text)
+            case ["XLEARNER", "SQUEEZE", "SOLVER", inner]:
+                cfg.XLEARNER.SQUEEZE.SOLVER[inner] = _decode(key, text)
+            case _:
+                rest += [key, text]
     return rest
 
 
@@ -181,7 +193,7 @@ def _check_known(cfg: CfgNode, opts: Sequence[str]) -> list[str]:
     for key in opts[::2]:
         node: Any = cfg
         for number, part in enumerate(key.split(".")):
-            if not isinstance(node, CfgNode) or part not in node and not node.is_new_allowed():
+            if not isinstance(node, CfgNode) or (part not in node and not node.is_new_allowed()):
                 known = node if isinstance(node, CfgNode) else ()
                 prefix = ".".join(key.split(".")[:number])
                 problems.append(f"There is no setting {key} (below {prefix or 'the top'}).{nearest(part, known)}")
@@ -208,7 +220,7 @@ def load_config(config_file: str | Path, opts: Sequence[str] = ()) -> CfgNode:
     opts = list(opts)
     if len(opts) % 2:
         raise ConfigError([f"The settings after the options should be pairs of key and value, got {opts}."])
-    opts = _merge_record_overrides(cfg, opts)
+    opts = _merge_free_overrides(cfg, opts)
     problems = _check_known(cfg, opts)
     if problems:
         raise ConfigError(problems, what="The command line")

@@ -9,6 +9,8 @@ from dataclasses import MISSING, dataclass, fields
 from types import UnionType
 from typing import Any, TypeVar, get_origin
 
+from torch import nn
+
 #: Keys of ``XLEARNER.DATASETS.<name>`` that each ``FORMAT`` takes: (required, optional).
 DATASET_KEYS: dict[str, tuple[frozenset[str], frozenset[str]]] = {
     "coco": (frozenset({"IMAGES", "ANNOTATIONS"}), frozenset()),
@@ -127,8 +129,8 @@ _KINDS: dict[type, tuple[tuple[type, ...], str]] = {
 
 def nearest(name: str, known: Iterable[str]) -> str:
     """`` Did you mean 'x'?`` for the closest known name, else the start of the list of known names."""
-    known = sorted(known)
-    close = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+    known = sorted(map(str, known))
+    close = difflib.get_close_matches(str(name), known, n=1, cutoff=0.5)
     if close:
         return f" Did you mean {close[0]!r}?"
     return f" Known: {', '.join(known[:12])}{', …' if len(known) > 12 else ''}." if known else ""
@@ -141,7 +143,7 @@ def _check_value(where: str, key: str, value: Any, kind: Any) -> list[str]:
     expected, words = _KINDS[tuple if isinstance(kind, UnionType) else get_origin(kind) or kind]
     if not isinstance(value, expected) or isinstance(value, bool):
         return [f"{where}.{key} is {value!r}, but {words} is expected."]
-    if key in ("TRAIN", "TEST", "CLASSES") and not all(isinstance(item, str) for item in value):
+    if isinstance(value, list | tuple) and key != "OPTS" and not all(isinstance(item, str) for item in value):
         return [f"{where}.{key} is {list(value)!r}, but a list of strings is expected."]
     return []
 
@@ -165,7 +167,7 @@ def _parse(cls: type[Record], name: str, record: Any, where: str, problems: list
     if found:
         return None
     values = {key.lower(): tuple(v) if isinstance(v, list | tuple) else v for key, v in record.items()}
-    return cls(name=name, **values)
+    return cls(name=name, **values)  # type: ignore[arg-type]  # checked above
 
 
 def _keys(cls: type) -> list[str]:
@@ -195,8 +197,14 @@ def parse_datasets(records: Mapping[str, Any], problems: list[str]) -> list[Data
     return parsed
 
 
+def _check_name(name: str, where: str) -> list[str]:
+    """Names of sources and tasks become names of sub-modules, where PyTorch refuses those of its own attributes."""
+    taken = hasattr(nn.ModuleDict(), name)
+    return [f"{where}: the name {name!r} has a meaning in PyTorch; choose another one."] if taken else []
+
+
 def _check_source(spec: SourceSpec, where: str, world_size: int) -> list[str]:
-    problems = []
+    problems = _check_name(str(spec.name), where) + _check_name(spec.task, f"{where}.TASK")
     if not spec.task.isidentifier():
         problems.append(f"{where}.TASK is {spec.task!r}, but a name of letters, digits and underscores is expected.")
     if not spec.train:

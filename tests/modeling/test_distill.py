@@ -269,9 +269,7 @@ def test_loss_does_not_depend_on_the_split_over_sources(
 def resized(items: list[dict[str, Any]], height: int, width: int) -> list[dict[str, Any]]:
     generator = torch.Generator().manual_seed(height)
     shape = (3, height, width)
-    return [
-        {**item, "image": torch.randint(0, 256, shape, dtype=torch.uint8, generator=generator)} for item in items
-    ]
+    return [{**item, "image": torch.randint(0, 256, shape, dtype=torch.uint8, generator=generator)} for item in items]
 
 
 def test_images_of_one_size_go_together(make_distiller: MakeDistiller, make_batches: MakeBatches) -> None:

@@ -67,7 +67,7 @@ def test_a_source_moves_its_own_branch_only(make_model, make_batches, source, am
 @pytest.mark.parametrize("sharing", SHARINGS)
 @pytest.mark.parametrize("amp", [None, torch.bfloat16])
 def test_every_parameter_gets_a_gradient_from_a_joint_step(make_model, make_batches, sharing, amp):
-    """Under autocast, too: weights first used without gradient must not be served from its cache later, as older versions of torch did."""
+    """Under autocast, too: weights first used without gradient must not be served from its cache later."""
     model = make_model("XLEARNER.SHARING", sharing)
     model.autocast_dtype = amp
     step(model, make_batches())
@@ -142,7 +142,8 @@ def test_a_task_added_later_changes_no_output(make_model, make_batches):
     step(old, make_batches("pics", "boxes"))
     new = make_model(seed=1)
     missing, unexpected = new.load_state_dict(old.state_dict(), strict=False)
-    assert not unexpected and all("segmentation" in name or "areas" in name for name in missing)
+    assert not unexpected
+    assert all("segmentation" in name or "areas" in name for name in missing)
     for training in (True, False):
         for task in old.backbone.tasks:
             features = [model.backbone.train(training)(images(), task) for model in (old, new)]
@@ -169,7 +170,7 @@ def test_inference_mode_norm_restores_each_module():
 
 def test_shared_has_one_trunk_and_no_reconciliation(make_model):
     backbone = make_model("XLEARNER.SHARING", "shared").backbone
-    assert len(backbone.branches) == 1 and not len(backbone.reconciliation)
+    assert (len(backbone.branches), len(backbone.reconciliation)) == (1, 0)
     assert set(backbone.tasks) == {"classification", "detection", "segmentation"}
 
 

@@ -150,9 +150,7 @@ def test_c4_beside_dc5_takes_the_dilation_of_the_one_that_reads_res5(tiny_cfg: C
 
 
 @pytest.mark.parametrize("name", ["configs/heads/classifier.yaml", FPN])
-def test_config_is_found_from_any_working_directory(
-    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_config_is_found_from_any_working_directory(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     assert Path(find_config(name)).is_file()
 
@@ -263,7 +261,7 @@ def test_file_with_code_is_refused(make: Make, tmp_path: Path) -> None:
 
 
 def test_model_that_cannot_be_built(make: Make) -> None:
-    with pytest.raises(ConfigError, match=r"SOURCES\.one: the model of .*FPN_1x\.yaml cannot be built: .*build_nothing"):
+    with pytest.raises(ConfigError, match=r"SOURCES\.one: the model of .*FPN_1x\.yaml cannot be .*build_nothing"):
         make(one=record(FPN, MODEL__BACKBONE__NAME="build_nothing"))
 
 

@@ -20,6 +20,13 @@ from ..specs import ConfigError
 State = dict[str, Tensor]
 
 
+def _encode(text: str, encoding: str) -> bytes:
+    """What old pickle protocols call to hold bytes."""
+    if encoding != "latin1":
+        raise pickle.UnpicklingError(f"it asks for the encoding {encoding!r}, which weights have no use for")
+    return text.encode("latin1")
+
+
 class _ArrayUnpickler(pickle.Unpickler):
     """Admits what Detectron2's .pkl files consist of: plain containers and numpy arrays."""
 
@@ -27,6 +34,7 @@ class _ArrayUnpickler(pickle.Unpickler):
         ("numpy", "ndarray"): np.ndarray,
         ("numpy", "dtype"): np.dtype,
         ("collections", "OrderedDict"): collections.OrderedDict,
+        ("_codecs", "encode"): _encode,
     }
 
     def find_class(self, module: str, name: str) -> Any:
@@ -51,22 +59,44 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
     if not local.is_file():
         raise ConfigError([f"There is no checkpoint {path}."])
     try:
-        if local.suffix == ".pkl":
-            found = _ArrayUnpickler(io.BytesIO(local.read_bytes()), encoding="latin1").load()
-        else:
-            found = torch.load(local, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, OSError) as error:
-        raise ConfigError([f"The checkpoint {path} cannot be read: {error}"]) from error
-    if not isinstance(found, dict):
-        raise ConfigError([f"The checkpoint {path} holds a {type(found).__name__}, but a dict of weights is expected."])
-    if "model" not in found:
+        found = _read(local)
+    except Exception as error:  # damaged pickles can raise any
+        raise ConfigError([f"The checkpoint {path} cannot be read: {_reason(error)}"]) from error
+    if isinstance(found, dict) and "model" not in found:
         found = {"model": found.get("state_dict", found.get("blobs", found))}
-    found["model"] = {
-        name: torch.as_tensor(value)
-        for name, value in found["model"].items()
-        if isinstance(value, Tensor | np.ndarray | np.generic)
-    }
+    weights = found["model"] if isinstance(found, dict) else found
+    if not isinstance(weights, dict):
+        kind = type(weights).__name__
+        raise ConfigError([f"The checkpoint {path} holds a {kind}, but a dict of weights is expected."])
+    try:
+        found["model"] = _tensors(weights)
+    except TypeError as error:
+        raise ConfigError([f"The checkpoint {path} cannot be read: {error}"]) from error
     return found
+
+
+def _read(path: Path) -> Any:
+    if path.suffix == ".pkl":
+        return _ArrayUnpickler(io.BytesIO(path.read_bytes()), encoding="latin1").load()
+    return torch.load(path, map_location="cpu", weights_only=True)
+
+
+def _reason(error: Exception) -> str:
+    """The first line of an error, without torch's advice to run the file's code."""
+    text = str(error).split("WeightsUnpickler error:")[-1].strip()
+    wanted = re.search(r"GLOBAL ([\w.]+)", text)
+    if wanted:
+        return f"it asks for {wanted[1]}, which weights have no use for"
+    return text.split("\n")[0] or type(error).__name__
+
+
+def _tensors(weights: Mapping[Any, Any]) -> State:
+    """The named tensors and arrays, the latter as tensors."""
+    return {
+        name: torch.as_tensor(value)
+        for name, value in weights.items()
+        if isinstance(name, str) and isinstance(value, Tensor | np.ndarray | np.generic)
+    }
 
 
 _TORCHVISION = (

@@ -1,5 +1,6 @@
 """Checkpoints of a running stage: written atomically, read without running code, loaded strictly."""
 
+from pathlib import Path
 from typing import Any
 
 from detectron2.utils import comm
@@ -30,6 +31,12 @@ class TrainingCheckpointer(Checkpointer):
         save_atomically({"model": self.model.state_dict(), **state, **kwargs}, f"{self.save_dir}/{name}.pth")
         self.tag_last_checkpoint(f"{name}.pth")
         self.logger.info(f"Saved checkpoint {self.save_dir}/{name}.pth.")
+
+    def tag_last_checkpoint(self, last_filename_basename: str) -> None:
+        """Note which checkpoint is the last, at once: a run killed here still finds the old note or the new one."""
+        part = Path(self.save_dir) / ".last_checkpoint.part"
+        part.write_text(last_filename_basename)
+        part.replace(Path(self.save_dir) / "last_checkpoint")
 
     def _load_file(self, f: str) -> dict[str, Any]:
         self._path = f

@@ -44,7 +44,6 @@ def build_joint_train_loader(
     records: Mapping[str, Sequence[Record]],
     *,
     seed: int,
-    start: int = 0,
     num_workers: int = 2,
 ) -> DataLoader[Any]:
     """An endless loader of ``{source: list of mapped records}``, each with every source's share for this worker.
@@ -53,13 +52,11 @@ def build_joint_train_loader(
         heads: config of each source's head, which decides its augmentation.
         records: by source, its training records.
         seed: decides the order and the augmentation of every image, whatever ``num_workers`` is.
-        start: first step to give, when resuming.
     """
     sampler = JointSampler(
         sizes={source.name: len(records[source.name]) for source in sources},
         batch_sizes={source.name: source.ims_per_batch for source in sources},
         seed=seed,
-        start=start,
         rank=comm.get_rank(),
         world_size=comm.get_world_size(),
     )
@@ -73,6 +70,12 @@ def build_joint_train_loader(
         pin_memory=False,
         prefetch_factor=4 if num_workers else None,
     )
+
+
+def start_at(loader: DataLoader[Any], step: int) -> None:
+    """Make a joint loader that has not been iterated yet begin with ``step``."""
+    assert isinstance(loader.batch_sampler, JointSampler)
+    loader.batch_sampler.start = step
 
 
 def _use_one_thread(_worker: int) -> None:

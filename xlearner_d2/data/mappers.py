@@ -5,7 +5,8 @@ label by timm's transforms.
 """
 
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -98,16 +99,24 @@ class SourceMapper:
         Raises:
             RuntimeError: from the mapper's own error, naming source and file.
         """
-        _seed_augmentation(seed)
         try:
-            return {**self.mapper(record), "source": self.source}
+            with _augmentation_seed(seed):
+                return {**self.mapper(record), "source": self.source}
         except Exception as error:
             message = f"source {self.source!r} could not read {record.get('file_name')}: {error!r}"
             raise RuntimeError(message) from error
 
 
-def _seed_augmentation(seed: int) -> None:
-    # Detectron2's augmentations draw from numpy's global state, timm's from Python's and torch's.
-    random.seed(seed)
-    np.random.seed(seed)
-    torch.manual_seed(seed)
+@contextmanager
+def _augmentation_seed(seed: int) -> Iterator[None]:
+    """Seed what augmentations draw from, and restore it: without loader workers, the model draws from it as well."""
+    python, numpy = random.getstate(), np.random.get_state()
+    with torch.random.fork_rng(devices=[]):
+        random.seed(seed)
+        np.random.seed(seed)  # Detectron2's augmentations
+        torch.manual_seed(seed)  # timm's
+        try:
+            yield
+        finally:
+            random.setstate(python)
+            np.random.set_state(numpy)

@@ -2,13 +2,14 @@
 
 import zlib
 from collections.abc import Iterator, Mapping
-from typing import NamedTuple
+from dataclasses import dataclass
 
 import torch
 from torch.utils.data import Sampler
 
 
-class Draw(NamedTuple):
+@dataclass(frozen=True, slots=True)
+class Draw:
     """One image of a step: its source, its index there, and the seed of its augmentation."""
 
     source: str

@@ -40,9 +40,10 @@ def register_sources(cfg: CfgNode, sources: Sequence[SourceSpec], probes: Sequen
         register_datasets(specs, dataset_root())
     except ConfigError as error:
         problems += error.problems
-    known = DatasetCatalog.list()
-    wanted = [(f"SOURCES.{s.name}.{key}", n) for s in sources for key in ("TRAIN", "TEST") for n in getattr(s, key.lower())]
-    wanted += [(f"PROBES.{p.name}.{key}", getattr(p, key.lower())) for p in probes for key in ("TRAIN", "TEST")]
+    known = {*DatasetCatalog.list(), *(spec.name for spec in specs)}  # one that failed to register is known, too
+    wanted = [(f"SOURCES.{s.name}.TRAIN", name) for s in sources for name in s.train]
+    wanted += [(f"SOURCES.{s.name}.TEST", name) for s in sources for name in s.test]
+    wanted += [(f"PROBES.{p.name}", name) for p in probes for name in (p.train, p.test)]
     problems += [
         f"XLEARNER.{where} names the unknown data set {name!r}.{nearest(name, known)}"
         for where, name in wanted
@@ -64,7 +65,8 @@ def load_sources(
         ConfigError: with every problem found in any data set.
     """
     problems: list[str] = []
-    users = {f"source {s.name}": (*s.train, *s.test) for s in sources} | {f"probe {p.name}": (p.train, p.test) for p in probes}
+    users = {f"source {s.name}": (*s.train, *s.test) for s in sources}
+    users |= {f"probe {p.name}": (p.train, p.test) for p in probes}
     records: dict[str, Records] = {}
     for name in dict.fromkeys(name for names in users.values() for name in names):
         by = ", ".join(user for user, names in users.items() if name in names)

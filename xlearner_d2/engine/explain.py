@@ -68,7 +68,7 @@ def _sources_table(plan: Plan, model: XLearner) -> str:
                 _millions(model.heads[source.name]),
             )
         )
-    names = ["source", "task", "train images", "test images", "classes", "images a step", "epochs", "loss weight", "head"]
+    names = ["source", "task", "train", "test", "classes", "images a step", "epochs", "loss weight", "head"]
     return tabulate(rows, headers=names)
 
 
@@ -85,10 +85,10 @@ def _branches_table(plan: Plan, model: XLearner) -> str:
     rows = []
     for task in plan.tasks:
         name = model.backbone.branch_of[task.name]
-        branch = model.backbone.branches[name]
-        incoming = model.backbone.reconciliation[name] if name in model.backbone.reconciliation else None
-        stages = ", ".join(incoming.stages) if incoming is not None else "nothing"
-        rows.append((task.name, ", ".join(task.sources), _depth(plan.cfg), ", ".join(branch.output_shape()), stages, _millions(branch)))
+        branch, incoming = model.backbone.branch(name), model.backbone.incoming(name)
+        receives = ", ".join(incoming.stages) if incoming is not None else "nothing"
+        stages = ", ".join(branch.output_shape())
+        rows.append((task.name, ", ".join(task.sources), _depth(plan.cfg), stages, receives, _millions(branch)))
     return tabulate(rows, headers=["branch", "sources", "network", "stages", "receives at", "parameters"])
 
 
@@ -114,7 +114,7 @@ def _memory(plan: Plan, model: XLearner) -> float:
     for source in plan.sources:
         height, length = _image_size(plan.heads[source.name])
         images = source.ims_per_batch // comm.get_world_size()
-        branch = model.backbone.branches[model.backbone.branch_of[source.task]]
+        branch = model.backbone.branch(model.backbone.branch_of[source.task])
         total += _activations(branch, (height, length)) * images * width * _KEPT_PER_OUTPUT
     return total / 1e9
 

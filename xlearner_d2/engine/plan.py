@@ -16,6 +16,7 @@ from ..modeling.distill import DISTANCES, NORMALISERS
 from ..modeling.expanded import STAGES as RESNET_STAGES
 from ..modeling.heads import derive_tasks, head_config
 from ..specs import ConfigError, ProbeSpec, SourceSpec, TaskSpec, nearest, parse_probes, parse_sources
+from .optimizer import OPTIMIZERS
 
 #: What the expand stage leaves in OUTPUT_DIR, and what squeeze starts from.
 EXPANDED_FILE = "expanded.pth"
@@ -97,6 +98,9 @@ def _check_settings(cfg: CfgNode) -> list[str]:
         problems.append(f"MODEL.DEVICE is {cfg.MODEL.DEVICE!r}, but this machine has no usable GPU. Set it to cpu.")
     if cfg.MODEL.WEIGHTS and "://" not in cfg.MODEL.WEIGHTS and not Path(cfg.MODEL.WEIGHTS).is_file():
         problems.append(f"MODEL.WEIGHTS: there is no file {cfg.MODEL.WEIGHTS}.")
+    if cfg.SOLVER.OPTIMIZER not in OPTIMIZERS:
+        known = ", ".join(OPTIMIZERS)
+        problems.append(f"SOLVER.OPTIMIZER is {cfg.SOLVER.OPTIMIZER!r}, but one of {known} is expected.")
     return problems + _check_squeeze(cfg)
 
 
@@ -166,6 +170,14 @@ def scale_to_workers(cfg: CfgNode, world_size: int) -> CfgNode:
     return cfg
 
 
+def _check_batch(source: SourceSpec, head: CfgNode) -> list[str]:
+    options, share = head.MODEL.CLASSIFIER, source.ims_per_batch // comm.get_world_size()
+    if (options.MIXUP or options.CUTMIX) and share % 2:
+        where = f"XLEARNER.SOURCES.{source.name}.IMS_PER_BATCH"
+        return [f"{where} gives each worker {share} images, but mixup and cutmix need an even number."]
+    return []
+
+
 def make_plan(cfg: CfgNode) -> Plan:
     """Validate a config and its data.
 
@@ -185,6 +197,7 @@ def make_plan(cfg: CfgNode) -> Plan:
     for source in sources:
         with _collect(problems):
             heads[source.name] = head_config(source, cfg)
+            problems += _check_batch(source, heads[source.name])
     if problems:
         raise ConfigError(problems)
     tasks = derive_tasks(sources, heads)

@@ -35,13 +35,14 @@ def run(cfg: CfgNode, args: argparse.Namespace) -> dict[str, Any]:
         ConfigError: before anything is written, when the config, the data or the output folder is not as needed.
     """
     plan = make_plan(cfg)
+    description = explain(plan)
     if args.dry_run:
         if comm.is_main_process():
-            print(explain(plan))
+            print(description)
         return {}
     if not args.eval_only:
         check_output(plan, resume=args.resume)
-    _set_up(plan, args)
+    _set_up(plan, args, description)
     model = _load_expanded(plan) if args.eval_only else _train(plan, resume=args.resume)
     metrics: dict[str, Any] = {}
     if model is not None:
@@ -57,7 +58,7 @@ def run(cfg: CfgNode, args: argparse.Namespace) -> dict[str, Any]:
     return metrics
 
 
-def _set_up(plan: Plan, args: argparse.Namespace) -> None:
+def _set_up(plan: Plan, args: argparse.Namespace, description: str) -> None:
     """Logs, the copy of the config, and threads."""
     folder = plan.cfg.OUTPUT_DIR
     if comm.is_main_process():
@@ -67,7 +68,7 @@ def _set_up(plan: Plan, args: argparse.Namespace) -> None:
     for name in ("fvcore", "detectron2", "xlearner_d2"):
         setup_logger(folder, distributed_rank=comm.get_rank(), name=name).setLevel(logging.INFO)
     logger.info(f"Command: {args}")
-    logger.info(f"\n{explain(plan)}")
+    logger.info(f"\n{description}")
 
 
 def _train(plan: Plan, *, resume: bool) -> XLearner | None:

@@ -9,7 +9,7 @@ import torch
 from detectron2.engine import HookBase, SimpleTrainer, TrainerBase, hooks
 from detectron2.modeling import build_model
 from detectron2.modeling.backbone.resnet import ResNet
-from detectron2.solver import build_lr_scheduler, build_optimizer
+from detectron2.solver import build_lr_scheduler
 from detectron2.utils import comm
 from detectron2.utils.env import seed_all_rng
 from fvcore.nn.precise_bn import update_bn_stats
@@ -18,9 +18,11 @@ from torch import Tensor, nn
 from ..checkpoint.export import export_student
 from ..checkpoint.load import load_resnet, load_strictly, read_checkpoint
 from ..checkpoint.training import TrainingCheckpointer
+from ..data.loader import start_at
 from ..modeling import XLearner
 from ..modeling.distill import Distiller, matched_stages
 from ..modeling.expanded import build_branch
+from .optimizer import make_optimizer
 from .plan import STUDENT_FILE, Plan, expanded_file, squeeze_config, student_config
 from .trainer import StepSeed, build_loader, build_step_trainer, common_hooks, resume
 
@@ -150,7 +152,7 @@ def build_squeeze_hook(
         normaliser=squeeze.NORMALISER,
         distance=squeeze.DISTANCE,
     )
-    optimizer = build_optimizer(cfg, distiller)
+    optimizer = make_optimizer(cfg, distiller)
     path = Path(cfg.OUTPUT_DIR) / STUDENT_FILE
 
     def export(student: nn.Module) -> None:
@@ -191,5 +193,5 @@ def squeeze(plan: Plan, *, resume_run: bool) -> None:
     checkpointer = TrainingCheckpointer(hook.distiller.student, str(folder), trainer=trainer)
     trainer.register_hooks(common_hooks(plan.cfg, checkpointer, folder))
     start = resume(trainer, checkpointer, wanted=resume_run)
-    loader.batch_sampler.start = start
+    start_at(loader, start)
     trainer.train(start, max_iter)

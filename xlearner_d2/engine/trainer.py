@@ -10,7 +10,7 @@ from detectron2.config import CfgNode
 from detectron2.engine import AMPTrainer, HookBase, SimpleTrainer, TrainerBase, hooks
 from detectron2.engine.defaults import default_writers
 from detectron2.modeling import build_model
-from detectron2.solver import build_lr_scheduler, build_optimizer
+from detectron2.solver import build_lr_scheduler
 from detectron2.utils import comm
 from detectron2.utils.env import seed_all_rng
 from torch import nn
@@ -20,9 +20,10 @@ from torch.utils.data import DataLoader
 from ..checkpoint.export import save_expanded
 from ..checkpoint.load import load_resnet, load_strictly, read_checkpoint
 from ..checkpoint.training import TrainingCheckpointer
-from ..data.loader import build_joint_train_loader
+from ..data.loader import build_joint_train_loader, start_at
 from ..modeling import XLearner
 from .evaluate import evaluate_sources
+from .optimizer import make_optimizer
 from .plan import EXPANDED_FILE, Plan
 
 logger = logging.getLogger(__name__)
@@ -49,8 +50,9 @@ class LatestBatch:
         self.batch: Any = None
 
     def __iter__(self) -> Iterator[Any]:
-        for self.batch in self.loader:
-            yield self.batch
+        for batch in self.loader:
+            self.batch = batch
+            yield batch
 
     def again(self) -> Iterator[Any]:
         """Endlessly the batch that is current when asked."""
@@ -90,7 +92,8 @@ def initialise_branches(model: XLearner, weights: str) -> None:
         return
     checkpoint = read_checkpoint(weights)
     if "xlearner" in checkpoint and "tasks" in checkpoint["xlearner"]:
-        logger.info(f"Starting from the expanded model {weights}: {load_strictly(model, checkpoint['model'], path=weights)}.")
+        report = load_strictly(model, checkpoint["model"], path=weights)
+        logger.info(f"Starting from the expanded model {weights}: {report}.")
         return
     for name, branch in model.backbone.branches.items():
         logger.info(f"Starting branch {name} from {weights}: {load_resnet(branch, weights)}.")
@@ -135,7 +138,7 @@ def expand(plan: Plan, *, resume_run: bool) -> XLearner:
     initialise_branches(model, cfg.MODEL.WEIGHTS)
     loader = build_loader(plan)
     latest = LatestBatch(loader)
-    optimizer = build_optimizer(cfg, model)
+    optimizer = make_optimizer(cfg, model)
     trainer = build_step_trainer(cfg, model, latest, optimizer)
     trainer.register_hooks(
         [
@@ -149,7 +152,7 @@ def expand(plan: Plan, *, resume_run: bool) -> XLearner:
     checkpointer = TrainingCheckpointer(model, str(folder), trainer=trainer)
     trainer.register_hooks(common_hooks(cfg, checkpointer, folder))
     start = resume(trainer, checkpointer, wanted=resume_run)
-    loader.batch_sampler.start = start
+    start_at(loader, start)
     trainer.train(start, cfg.SOLVER.MAX_ITER)
     if comm.is_main_process():
         save_expanded(model, cfg, plan.tasks, path)

@@ -25,6 +25,9 @@ class ImageClassifier(nn.Module):
         dropout: probability of dropping a pooled feature while training.
     """
 
+    pixel_mean: Tensor
+    pixel_std: Tensor
+
     @configurable
     def __init__(
         self,

@@ -5,6 +5,7 @@ measurements). Everything here but the student is used in training only.
 """
 
 from collections.abc import Callable, Mapping, Sequence
+from typing import cast
 
 import torch
 from detectron2.layers import ShapeSpec
@@ -28,6 +29,10 @@ class Standardiser(nn.Module):
         min_momentum: weight of a new batch in the long run.
         eps: added to the variance.
     """
+
+    mean: Tensor
+    var: Tensor
+    num_batches: Tensor
 
     def __init__(self, channels: int, *, min_momentum: float = 0.01, eps: float = 1e-5):
         super().__init__()
@@ -67,6 +72,10 @@ class PHIStandardiser(Standardiser):
     rotation is computed after 1, 2, 4, … batches up to ``last_update``, and stays from then on, as the projector has
     to learn it. The number of channels must be a power of two, as Hadamard matrices of Sylvester's kind have.
     """
+
+    cov: Tensor
+    rotation: Tensor
+    hadamard: Tensor
 
     def __init__(self, channels: int, *, last_update: int = 32):
         from scipy.linalg import hadamard
@@ -122,7 +131,8 @@ class NoNormaliser(nn.Module):
         return features
 
 
-NORMALISERS: dict[str, Callable[[int], nn.Module]] = {
+Normaliser = Standardiser | L2Normaliser | NoNormaliser
+NORMALISERS: dict[str, Callable[[int], Normaliser]] = {
     "standardise": Standardiser,
     "phi_s": PHIStandardiser,
     "l2": lambda channels: L2Normaliser(),
@@ -202,7 +212,7 @@ class Distiller(nn.Module):
     def forward(self, batches: SourceBatches) -> dict[str, Tensor]:
         """``{"loss_hint_<task>": scalar}``, averaged over all images of the step."""
         with self.teacher.autocast():
-            losses = {f"loss_hint_{task}": [] for task in self.projectors}
+            losses: dict[str, list[Tensor]] = {f"loss_hint_{task}": [] for task in self.projectors}
             groups = self.image_groups(batches)
             total = sum(len(images) for images in groups)
             for images in groups:
@@ -228,9 +238,10 @@ class Distiller(nn.Module):
         losses = {}
         for task, projectors in self.projectors.items():
             parts = []
-            for stage, projector in projectors.items():
+            normalisers = cast(nn.ModuleDict, self.normalisers[task])
+            for stage, projector in cast(nn.ModuleDict, projectors).items():
                 target = targets[task][stage].float()
-                normaliser = self.normalisers[task][stage]
+                normaliser = cast(Normaliser, normalisers[stage])
                 if self.training:
                     normaliser.update(target)
                 hint = projector(features[stage]).float()

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from typing import cast
 
 import torch
 from detectron2.config import CfgNode
@@ -29,6 +30,16 @@ def inference_mode_norm(module: nn.Module) -> Iterator[None]:
     finally:
         for child in training:
             child.training = True
+
+
+def _truncate(branch: ResNet, deepest: str) -> None:
+    """Drop the stages after ``deepest``."""
+    for name in branch.stage_names:
+        if name > deepest:
+            delattr(branch, name)
+    branch.stage_names = tuple(name for name in branch.stage_names if name <= deepest)
+    branch.stages = branch.stages[: len(branch.stage_names)]
+    branch._out_features = [name for name in branch._out_features if name <= deepest]
 
 
 class ExpandedBackbone(nn.Module):
@@ -67,9 +78,17 @@ class ExpandedBackbone(nn.Module):
     def tasks(self) -> tuple[str, ...]:
         return tuple(self.branch_of)
 
+    def branch(self, name: str) -> ResNet:
+        """The branch of that name."""
+        return self.branches[name]
+
+    def incoming(self, name: str) -> Reconciliation | None:
+        """The layers that lead into a branch, if any do."""
+        return cast(Reconciliation, self.reconciliation[name]) if name in self.reconciliation else None
+
     def output_shape(self, task: str) -> dict[str, ShapeSpec]:
         """Channels and stride of each stage that the task's branch offers."""
-        return self.branches[self.branch_of[task]].output_shape()
+        return self.branch(self.branch_of[task]).output_shape()
 
     def forward(self, images: Tensor, task: str) -> dict[str, Tensor]:
         """Features of normalised images (N, 3, H, W) from the task's branch, by stage, stride as in output_shape."""
@@ -85,24 +104,26 @@ class ExpandedBackbone(nn.Module):
         features = {name: self._main(name, images, aux) for name in self.branches}
         return {task: features[name] for task, name in self.branch_of.items()}
 
-    def only(self, task: str) -> "ExpandedBackbone":
-        """Drop what one task's branch does not need, and the gradient of what only informs it; returns self."""
+    def only(self, task: str, *, deepest: str) -> "ExpandedBackbone":
+        """Drop what a task's stages up to ``deepest`` do not need, and the gradient of what only informs them."""
         own = self.branch_of[task]
-        keep = {own, *self._sources_of(own)}
-        self.branches = nn.ModuleDict({name: branch for name, branch in self.branches.items() if name in keep})
-        self.reconciliation = nn.ModuleDict({n: r for n, r in self.reconciliation.items() if n == own})
         self.branch_of = {task: own}
-        if self.detach:
-            for name in keep - {own}:
-                self.branches[name].requires_grad_(False)
+        self.reconciliation = nn.ModuleDict({n: r for n, r in self.reconciliation.items() if n == own})
+        reconcile = self.incoming(own)
+        if reconcile is not None:
+            reconcile.truncate(deepest)
+        needed = {**self._sources_of(own), own: deepest}
+        self.branches = nn.ModuleDict({name: branch for name, branch in self.branches.items() if name in needed})
+        for name, branch in self.branches.items():
+            _truncate(branch, needed[name])
+            if self.detach and name != own:
+                branch.requires_grad_(False)
         return self
 
     def _sources_of(self, name: str) -> dict[str, str]:
         """Auxiliary branches of one branch, and the deepest of their stages that is read."""
-        if name not in self.reconciliation:
-            return {}
-        layers = self.reconciliation[name].layers
-        return {aux: max(key.split("_to_")[0] for key in keys) for aux, keys in layers.items() if len(keys)}
+        reconcile = self.incoming(name)
+        return {} if reconcile is None else reconcile.deepest()
 
     def _auxiliary(self, images: Tensor, deepest: Mapping[str, str]) -> dict[str, Features]:
         """Un-reconciled features of the auxiliary branches, by branch and stage."""
@@ -110,7 +131,7 @@ class ExpandedBackbone(nn.Module):
             return {name: self._plain(name, images, stage) for name, stage in deepest.items()}
 
     def _plain(self, name: str, images: Tensor, deepest: str) -> Features:
-        branch = self.branches[name]
+        branch = self.branch(name)
         features: dict[str, Tensor] = {}
         with inference_mode_norm(branch):
             x = branch.stem(images)
@@ -121,10 +142,10 @@ class ExpandedBackbone(nn.Module):
         return features
 
     def _main(self, name: str, images: Tensor, aux: Mapping[str, Features]) -> dict[str, Tensor]:
-        branch = self.branches[name]
-        if name not in self.reconciliation:
+        branch = self.branch(name)
+        reconcile = self.incoming(name)
+        if reconcile is None:
             return branch(images)
-        reconcile = self.reconciliation[name]
         outputs: dict[str, Tensor] = {}
         x = branch.stem(images)
         for stage in branch.stage_names:

@@ -106,8 +106,9 @@ def _follow(head: CfgNode, cfg: CfgNode) -> None:
 def _set_classes(head: CfgNode, metadata: Metadata, source: SourceSpec) -> None:
     for name in NEEDED_CLASSES.get(head.MODEL.META_ARCHITECTURE, ()):
         if name not in metadata.as_dict():
-            message = f"the data set {source.train[0]!r} has no {name}, which {head.MODEL.META_ARCHITECTURE} learns from"
-            raise ConfigError([f"XLEARNER.SOURCES.{source.name}: {message} (CONFIG {source.config})."])
+            lack = f"the data set {source.train[0]!r} has no {name}"
+            wish = f"which {head.MODEL.META_ARCHITECTURE} learns from (CONFIG {source.config})"
+            raise ConfigError([f"XLEARNER.SOURCES.{source.name}: {lack}, {wish}."])
     for name, settings in CLASS_COUNTS.items():
         if name in metadata.as_dict():
             head.merge_from_list([item for key in settings for item in (key, len(metadata.get(name)))])
@@ -163,9 +164,9 @@ def _check_shapes(own: Backbone, view: Backbone, source: SourceSpec) -> None:
         offered = view.output_shape()[name]
         if (shape.channels, shape.stride) != (offered.channels, offered.stride):
             problems.append(
-                f"XLEARNER.SOURCES.{source.name}: {source.config} wants {name} with {shape.channels} channels at stride "
-                f"{shape.stride}, but the branch of task {source.task!r} has {offered.channels} channels at stride "
-                f"{offered.stride}. Change MODEL.RESNETS, here or in the OPTS of the source."
+                f"XLEARNER.SOURCES.{source.name}: {source.config} wants {name} with {shape.channels} channels at "
+                f"stride {shape.stride}, but the branch of task {source.task!r} has {offered.channels} channels at "
+                f"stride {offered.stride}. Change MODEL.RESNETS, here or in the OPTS of the source."
             )
     if problems:
         raise ConfigError(problems)

@@ -26,7 +26,7 @@ class ExpandedBranch(Backbone):
     """One task's branch with the auxiliary branches that it listens to.
 
     Args:
-        backbone: as trained; what the task does not need of it is dropped.
+        backbone: as trained; what ``out_features`` do not need of it is dropped.
         task: whose branch.
         out_features: stages to return.
     """
@@ -36,8 +36,9 @@ class ExpandedBranch(Backbone):
         shapes = backbone.output_shape(task)
         missing = [name for name in out_features if name not in shapes]
         if missing:
-            raise ConfigError([f"MODEL.RESNETS.OUT_FEATURES asks for {missing}, but branch {task!r} has {list(shapes)}."])
-        self.backbone = backbone.only(task)
+            has = f"branch {task!r} has {list(shapes)}"
+            raise ConfigError([f"MODEL.RESNETS.OUT_FEATURES asks for {missing}, but {has}."])
+        self.backbone = backbone.only(task, deepest=max(out_features))
         self.task = task
         self._out_features = list(out_features)
         self._out_feature_channels = {name: shapes[name].channels for name in out_features}
@@ -90,7 +91,7 @@ def build_xlearner_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> ExpandedBra
         hint = nearest(options.TASK, backbone.tasks)
         raise ConfigError([f"XLEARNER.PLUG_IN.TASK is {options.TASK!r}, no task of {options.WEIGHTS}.{hint}"])
     branch = ExpandedBranch(backbone=backbone, task=options.TASK, out_features=cfg.MODEL.RESNETS.OUT_FEATURES)
-    branch.backbone.branches[backbone.branch_of[options.TASK]].freeze(cfg.MODEL.BACKBONE.FREEZE_AT)
+    backbone.branch(backbone.branch_of[options.TASK]).freeze(cfg.MODEL.BACKBONE.FREEZE_AT)
     if cfg.MODEL.RESNETS.NORM == "FrozenBN":
         FrozenBatchNorm2d.convert_frozen_batchnorm(branch)
     return branch

@@ -8,6 +8,7 @@ gradient could pass a chain longer than one.
 
 import math
 from collections.abc import Mapping, Sequence
+from typing import cast
 
 from detectron2.layers import Conv2d, ShapeSpec, get_norm
 from fvcore.nn import weight_init
@@ -27,7 +28,6 @@ class ReconciliationLayer(nn.Sequential):
     """
 
     def __init__(self, *, in_shape: ShapeSpec, out_shape: ShapeSpec, norm: str = "BN"):
-        assert in_shape.channels and out_shape.channels and in_shape.stride and out_shape.stride
         num_halvings = int(math.log2(out_shape.stride // in_shape.stride))
         assert in_shape.stride * 2**num_halvings == out_shape.stride, (in_shape, out_shape)
         super().__init__()
@@ -80,19 +80,36 @@ class Reconciliation(nn.Module):
                     )
                     for target in stages
                     for source in aux
-                    if target in shapes and (source == target or cross_scale and source < target)
+                    if target in shapes and (source == target or (cross_scale and source < target))
                 }
             )
         self.stages = tuple(stage for stage in stages if any(self._into(stage)))
+
+    def deepest(self) -> dict[str, str]:
+        """By auxiliary branch, the deepest of its stages that any layer reads."""
+        return {
+            name: max(key.split("_to_")[0] for key in layers)
+            for name, layers in self._by_branch()
+            if len(layers)
+        }
+
+    def _by_branch(self) -> list[tuple[str, nn.ModuleDict]]:
+        return [(name, cast(nn.ModuleDict, layers)) for name, layers in self.layers.items()]
 
     def _into(self, stage: str) -> list[tuple[str, str, nn.Module]]:
         """(branch, auxiliary stage, layer) of every layer that leads into ``stage``."""
         return [
             (name, key.split("_to_")[0], layer)
-            for name, layers in self.layers.items()
+            for name, layers in self._by_branch()
             for key, layer in layers.items()
             if key.endswith(f"_to_{stage}")
         ]
+
+    def truncate(self, deepest: str) -> None:
+        """Drop the layers that lead into stages after ``deepest``."""
+        for _, layers in self._by_branch():
+            for key in [key for key in layers if key.split("_to_")[1] > deepest]:
+                del layers[key]
 
     def forward(self, features: Tensor, stage: str, aux: Mapping[str, Features]) -> Tensor:
         """Add to ``features`` (N, C, H, W), the output of ``stage``, what the auxiliary branches have to say.

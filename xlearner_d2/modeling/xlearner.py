@@ -31,6 +31,9 @@ class XLearner(nn.Module):
         autocast_dtype: precision of forward passes where the trainer does not set one (CPUs); None: as given.
     """
 
+    pixel_mean: Tensor
+    pixel_std: Tensor
+
     @configurable
     def __init__(
         self,

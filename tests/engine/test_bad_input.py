@@ -1,0 +1,170 @@
+"""Each bad input stops a run before it starts, with one message that names source, file and setting."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from xlearner_d2.specs import ConfigError
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def set_source(project, name, **values):
+    project.content["XLEARNER"]["SOURCES"][name].update(values)
+    project.write(project.content)
+
+
+def rewrite_json(project, change):
+    path = project.root / "data/boxes.json"
+    content = json.loads(path.read_text())
+    change(content)
+    path.write_text(json.dumps(content))
+
+
+def cut(path, share=0.5):
+    content = path.read_bytes()
+    path.write_bytes(content[: int(len(content) * share)])
+
+
+def duplicate_source(project):
+    text = project.file.read_text()
+    record = "    pics: {TASK: other, CONFIG: x, TRAIN: [t_pics]}\n"
+    project.file.write_text(text.replace("  SOURCES:\n", "  SOURCES:\n" + record))
+
+
+def other_classes(project):
+    for name in ("cow", "dog"):
+        folder = project.root / "data/other" / name
+        folder.mkdir(parents=True)
+        Image.fromarray(np.zeros((64, 64, 3), np.uint8)).save(folder / "1.png")
+    project.content["XLEARNER"]["DATASETS"]["t_other"] = {"FORMAT": "image_folder", "IMAGES": "other"}
+    set_source(project, "pics", TEST=["t_other"])
+
+
+def label_99(project):
+    Image.fromarray(np.full((64, 64), 99, np.uint8)).save(project.root / "data/areas/labels/3.png")
+
+
+def empty_folder(project):
+    (project.root / "data/nothing").mkdir()
+    project.content["XLEARNER"]["DATASETS"]["t_pics"]["IMAGES"] = "nothing"
+    project.write(project.content)
+
+
+def voc_source(project):
+    folder = project.root / "data/voc"
+    for name in ("Annotations", "ImageSets/Main", "JPEGImages"):
+        (folder / name).mkdir(parents=True)
+    (folder / "ImageSets/Main/train.txt").write_text("a\n")
+    Image.fromarray(np.zeros((64, 64, 3), np.uint8)).save(folder / "JPEGImages/a.jpg")
+    (folder / "Annotations/a.xml").write_text("<annotation><size></annotation>")
+    project.content["XLEARNER"]["DATASETS"]["t_voc"] = {"FORMAT": "voc", "ROOT": "voc", "SPLIT": "train"}
+    set_source(project, "boxes", TRAIN=["t_voc"], TEST=[])
+
+
+def dilated_neighbour(project):
+    """A second head of the detection task that wants another stride of res5."""
+    record = dict(project.content["XLEARNER"]["SOURCES"]["boxes"])
+    record["CONFIG"] = "COCO-Detection/faster_rcnn_R_50_DC5_1x.yaml"
+    record["OPTS"] = []
+    project.content["XLEARNER"]["SOURCES"]["dilated"] = record
+    project.write(project.content)
+
+
+CASES = {
+    "unknown data set": (
+        lambda p: set_source(p, "pics", TRAIN=["t_pic"]),
+        r"SOURCES\.pics\.TRAIN names the unknown data set 't_pic'\. Did you mean 't_pics'\?",
+    ),
+    "missing image": (
+        lambda p: (p.root / "data/boxes/3.png").unlink(),
+        r"source boxes: .*boxes/3\.png does not exist",
+    ),
+    "unreadable image": (lambda p: cut(p.root / "data/boxes/3.png"), r"source boxes: .*boxes/3\.png"),
+    "text instead of an image": (
+        lambda p: (p.root / "data/pics/cat/0.png").write_text("hello"),
+        r"source pics.*pics/cat/0\.png cannot be decoded",
+    ),
+    "malformed json": (lambda p: cut(p.root / "data/boxes.json"), r"t_boxes.*boxes\.json"),
+    "malformed xml": (voc_source, r"'t_voc': .*a\.xml is not valid XML"),
+    "category outside the classes": (
+        lambda p: rewrite_json(p, lambda content: content["annotations"][0].update(category_id=77)),
+        r"t_boxes.*boxes\.json.*77",
+    ),
+    "label outside the classes": (label_99, r"source areas: .*areas/labels/3\.png.*99"),
+    "box outside the image": (
+        lambda p: rewrite_json(p, lambda content: content["annotations"][0].update(bbox=[50, 50, 40, 40])),
+        r"source boxes: .*boxes/0\.png: the box \[50\.0, 50\.0, 40\.0, 40\.0\] .* exceeds its image of width 64",
+    ),
+    "empty source": (empty_folder, r"t_pics.*nothing"),
+    "no annotation at all": (
+        lambda p: rewrite_json(p, lambda content: content.update(annotations=[])),
+        r"SOURCES\.boxes\.TRAIN \['t_boxes'\]: no image has an annotation",
+    ),
+    "two sources of one name": (duplicate_source, r"config\.yaml: XLEARNER\.SOURCES\.pics is given twice"),
+    "other classes in test": (other_classes, r"source pics.*'cat'.*'cow'"),
+    "wrong kind of data": (
+        lambda p: set_source(p, "boxes", TRAIN=["t_pics"], TEST=[]),
+        r"SOURCES\.boxes: the data set 't_pics' has no thing_classes, which GeneralizedRCNN learns from",
+    ),
+    "mismatching channels": (
+        lambda p: set_source(p, "areas", OPTS=["MODEL.RESNETS.RES2_OUT_CHANNELS", 32]),
+        r"SOURCES\.areas: .* wants res2 with 32 channels at stride 4, but the branch .* has 16 channels at stride 4",
+    ),
+    "mismatching strides": (
+        dilated_neighbour,
+        r"heads of task 'detection' want different strides of res5 \(boxes has stride 32, dilated has stride 16\)",
+    ),
+    "unknown key": (
+        lambda p: set_source(p, "pics", IMS_PER_BACH=4),
+        r"SOURCES\.pics has the unknown key 'IMS_PER_BACH'\. Did you mean 'IMS_PER_BATCH'\?",
+    ),
+    "unknown head": (
+        lambda p: set_source(p, "pics", CONFIG="COCO-Detection/nothing.yaml"),
+        r"SOURCES\.pics\.CONFIG is 'COCO-Detection/nothing\.yaml': there is neither a file",
+    ),
+    "no such folder": (
+        lambda p: (p.root / "data/areas/images").rename(p.root / "data/areas/moved"),
+        r"data set 't_areas'.*areas/images",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_bad_input_stops_before_anything_is_written(project, name):
+    spoil, message = CASES[name]
+    spoil(project)
+    with pytest.raises(ConfigError, match=message):
+        project.run()
+    assert not (project.root / "out").exists()
+
+
+def test_all_problems_of_a_config_are_listed_at_once(project):
+    set_source(project, "pics", IMS_PER_BATCH=0, TRAIN=["nope"])
+    set_source(project, "boxes", LOSS_WEIGHT="much")
+    with pytest.raises(ConfigError) as caught:
+        project.run("XLEARNER.SHARING", "joined", "XLEARNER.SQUEEZE.DISTANCE", "far")
+    assert len(caught.value.problems) == 5
+    assert str(caught.value).startswith("The configuration has 5 problems:\n  1. ")
+
+
+def test_the_command_says_it_in_one_message_and_exits_with_an_error(project):
+    set_source(project, "pics", TRAIN=["t_pic"])
+    done = subprocess.run(
+        [sys.executable, str(ROOT / "train_net.py"), "--config-file", str(project.file)],
+        capture_output=True,
+        text=True,
+        cwd=project.root,
+        env={**os.environ, "DETECTRON2_DATASETS": str(project.root / "data")},
+    )
+    assert done.returncode == 1
+    assert done.stderr.startswith("error: The configuration has 1 problem:\n")
+    assert "Did you mean 't_pics'?" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert not done.stdout

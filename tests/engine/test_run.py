@@ -1,0 +1,153 @@
+"""Whole runs: both stages, resuming, evaluating, squeezing online."""
+
+import json
+import re
+
+import pytest
+import torch
+from conftest import Project
+from detectron2 import model_zoo
+from detectron2.checkpoint import DetectionCheckpointer
+from detectron2.modeling import build_model
+
+from xlearner_d2.checkpoint.load import read_checkpoint
+from xlearner_d2.specs import ConfigError
+
+
+def weights(path):
+    return read_checkpoint(path)["model"]
+
+
+def same(first, second):
+    return first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """One whole run; tests may add to it, but not change what it left."""
+    project = Project(tmp_path_factory.mktemp("finished"))
+    project.metrics = project.run()
+    return project
+
+
+def without_extras(project):
+    """The same run without what follows training."""
+    for record in project.content["XLEARNER"]["SOURCES"].values():
+        record["TEST"] = []
+    project.content["XLEARNER"]["PROBES"] = {}
+    project.write(project.content)
+    return project
+
+
+def test_one_run_leaves_everything_a_user_needs(finished):
+    out = finished.root / "out"
+    for name in ("expanded.pth", "student_d2.pth", "metrics.json", "config.yaml", "log.txt"):
+        assert (out / name).is_file(), name
+    assert {path.name for path in (out / "pictures").iterdir()} == {
+        "pics_t_pics.png",
+        "boxes_t_boxes.png",
+        "areas_t_areas.png",
+    }
+    metrics = json.loads((out / "metrics.json").read_text())
+    assert metrics == finished.metrics
+    assert set(metrics["expanded"]["boxes"]["t_boxes"]) == {"bbox/AP", "segm/AP"}
+    assert metrics["trivial"]["pics"]["t_pics"]["classification/top1"] == pytest.approx(100 * 3 / 8)
+    assert set(metrics["probes"]["pics"]) == {"student", "random"}
+    log = (out / "log.txt").read_text()
+    assert "trivial predictor" in log
+    assert "use " + str(out / "student_d2.pth") + " as MODEL.WEIGHTS" in log
+
+
+def test_student_loads_into_a_model_zoo_config(finished):
+    """Through Detectron2's own checkpointer, with the student's width set as a user would set it."""
+    cfg = model_zoo.get_config("COCO-Detection/faster_rcnn_R_50_FPN_1x.yaml")
+    cfg.merge_from_list(["MODEL.DEVICE", "cpu", "MODEL.RESNETS.STRIDE_IN_1X1", False])
+    for key, value in finished.content["MODEL"]["RESNETS"].items():
+        cfg.MODEL.RESNETS[key] = value
+    model = build_model(cfg)
+    DetectionCheckpointer(model).load(str(finished.root / "out/student_d2.pth"))
+    loaded = model.backbone.bottom_up.state_dict()
+    student = weights(finished.root / "out/student_d2.pth")
+    assert loaded.keys() == student.keys()
+    assert same(loaded, student)
+
+
+@pytest.mark.parametrize("stage", ["expand", "squeeze"])
+def test_resumed_run_ends_with_the_same_weights(finished, project, stage):
+    """The second run loses its last step and its result, as if it had been stopped before them."""
+    other = without_extras(project)
+    other.run()
+    out = other.root / "out"
+    for name in ["student_d2.pth", *(["expanded.pth"] if stage == "expand" else [])]:
+        (out / name).unlink()
+    (out / stage / "model_final.pth").unlink()
+    (out / stage / "last_checkpoint").write_text("model_0000000.pth")
+    if stage == "expand":
+        for path in (out / "squeeze").iterdir():
+            path.unlink() if path.is_file() else None
+    other.run(resume=True)
+    for name in ("expanded.pth", "student_d2.pth"):
+        assert same(weights(finished.root / "out" / name), weights(out / name)), name
+
+
+def test_a_finished_run_is_not_run_again(finished):
+    before = (finished.root / "out/expanded.pth").stat().st_mtime_ns
+    metrics = finished.run(resume=True)
+    assert (finished.root / "out/expanded.pth").stat().st_mtime_ns == before
+    assert metrics["expanded"] == finished.metrics["expanded"]
+
+
+def test_eval_only_equals_the_evaluation_after_training(finished):
+    assert finished.run(eval_only=True)["expanded"] == finished.metrics["expanded"]
+
+
+def test_stages_run_one_after_the_other_equal_both_at_once(finished, project):
+    other = without_extras(project)
+    other.run("XLEARNER.STAGE", "expand")
+    assert not (other.root / "out/student_d2.pth").exists()
+    other.run("XLEARNER.STAGE", "squeeze")
+    for name in ("expanded.pth", "student_d2.pth"):
+        assert same(weights(finished.root / "out" / name), weights(other.root / "out" / name))
+
+
+def test_online_squeeze_leaves_the_expansion_as_it_is(finished, project):
+    other = without_extras(project)
+    other.run("XLEARNER.SQUEEZE.ONLINE", True)
+    assert same(weights(finished.root / "out/expanded.pth"), weights(other.root / "out/expanded.pth"))
+    student = weights(other.root / "out/student_d2.pth")
+    assert student.keys() == weights(finished.root / "out/student_d2.pth").keys()
+    assert "squeeze/loss_hint_detection" in (other.root / "out/expand/metrics.json").read_text()
+
+
+def test_student_may_start_from_a_branch(project):
+    without_extras(project).content["XLEARNER"]["SQUEEZE"]["SOLVER"]["BASE_LR"] = 0.0
+    project.write(project.content)
+    project.run("XLEARNER.SQUEEZE.INIT", "detection")
+    expanded, student = (weights(project.root / "out" / name) for name in ("expanded.pth", "student_d2.pth"))
+    for name, value in student.items():
+        if not name.endswith(("running_mean", "running_var")):
+            assert torch.equal(value, expanded[f"backbone.branches.detection.{name}"]), name
+
+
+def test_dry_run_prints_the_plan_and_writes_nothing(project, capsys):
+    assert project.run(dry_run=True) == {}
+    plan = capsys.readouterr().out
+    for pattern in (
+        r"expand for 2 steps, then squeeze for 2 steps",
+        r"boxes\s+detection\s+8\s+8\s+3\s+2\s+0\.5",
+        r"detection\s+boxes\s+ResNet-50\s+res2, res3, res4, res5\s+res2, res3, res4",
+        r"Expected memory of a training step: about 0\.\d GB",
+    ):
+        assert re.search(pattern, plan), pattern
+    assert not (project.root / "out").exists()
+
+
+def test_squeeze_without_a_teacher_says_what_to_do(project):
+    with pytest.raises(ConfigError, match=r"no teacher .*expanded\.pth: run XLEARNER\.STAGE expand first"):
+        project.run("XLEARNER.STAGE", "squeeze")
+    assert not (project.root / "out").exists()
+
+
+def test_output_of_another_run_is_not_overwritten(finished):
+    with pytest.raises(ConfigError, match=r"out/expand is not empty\. Add --resume .* or set another OUTPUT_DIR"):
+        finished.run()

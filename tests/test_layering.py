@@ -1,0 +1,145 @@
+"""The package's layers: who may import whom. An import that is not listed here fails."""
+
+import ast
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+PACKAGE = "xlearner_d2"
+ROOT = Path(__file__).resolve().parents[1] / PACKAGE
+
+#: Module or package -> what of ours it may import, packages with all that is in them. The longest name that fits a
+#: module decides: ``modeling.heads`` if it is listed, else ``modeling``.
+ALLOWED: dict[str, set[str]] = {
+    "": {"_quiet", "config", "modeling"},
+    "_quiet": set(),
+    "specs": set(),
+    "config": {"specs"},
+    "data": {"specs", "data.problems"},
+    "data.problems": set(),
+    "data.builtin": {"specs", "data.problems", "data.builtin"},
+    "data.sources": {"specs", "data.builtin", "data.check"},
+    "data.loader": {"specs", "data.mappers", "data.samplers", "data.sources"},
+    "modeling": {"modeling"},
+    "modeling.reconciliation": set(),
+    "modeling.classifier": set(),
+    "modeling.expanded": {"specs", "modeling.reconciliation"},
+    "modeling.heads": {"specs", "config", "modeling.expanded", "modeling.classifier"},
+    "modeling.xlearner": {"specs", "modeling.expanded", "modeling.heads"},
+    "modeling.distill": {"modeling.expanded", "modeling.xlearner"},
+    "modeling.plug_in": {"specs", "config", "checkpoint.load", "modeling.expanded"},
+    "checkpoint": {"specs", "checkpoint"},
+    "evaluation": {"specs", "data", "checkpoint", "evaluation"},
+    "report": {"specs", "data", "evaluation", "report"},
+    "engine": {"specs", "config", "data", "modeling", "checkpoint", "evaluation", "report", "engine"},
+}
+
+
+def module_name(path: Path) -> str:
+    """``modeling.heads`` for its file; a package for its ``__init__.py``; "" for that of the package itself."""
+    parts = path.relative_to(ROOT).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+def known_modules() -> set[str]:
+    return {module_name(path) for path in ROOT.rglob("*.py")}
+
+
+def imports(source: str, module: str, *, is_package: bool, known: set[str]) -> Iterator[str]:
+    """Our modules that a source imports, anywhere in it."""
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            base = node.module or ""
+            if node.level:
+                here = [PACKAGE, *filter(None, module.split("."))]
+                up = here[: len(here) - node.level + is_package]
+                base = ".".join([*up, *filter(None, [base])])
+            names = [f"{base}.{alias.name}" for alias in node.names]
+        else:
+            continue
+        for name in names:
+            if name != PACKAGE and not name.startswith(f"{PACKAGE}."):
+                continue
+            inner = name.removeprefix(PACKAGE).removeprefix(".")
+            while inner not in known:  # a function or class: its module
+                inner = inner.rpartition(".")[0]
+            yield inner
+
+
+def within(module: str, names: set[str]) -> str | None:
+    """The longest of ``names`` that is the module or a package around it."""
+    parts = module.split(".")
+    prefixes = [".".join(parts[:length]) for length in range(len(parts), 0, -1)]
+    return next((name for name in prefixes if name in names), None)
+
+
+def forbidden(source: str, module: str, *, is_package: bool = False, known: set[str] | None = None) -> list[str]:
+    """Imports of a module's source that are not allowed."""
+    layer = within(module, set(ALLOWED))
+    if layer is None:
+        return [f"{module} is in no layer: add it to ALLOWED."]
+    found = imports(source, module, is_package=is_package, known=known_modules() if known is None else known)
+    return [f"{module} imports {name or PACKAGE}" for name in found if within(name, ALLOWED[layer]) is None]
+
+
+def test_every_import_is_listed() -> None:
+    problems = []
+    for path in sorted(ROOT.rglob("*.py")):
+        is_package = path.name == "__init__.py"
+        problems += forbidden(path.read_text(encoding="utf-8"), module_name(path), is_package=is_package)
+    assert problems == []
+
+
+def test_every_layer_exists() -> None:
+    listed = set(ALLOWED) | {name for names in ALLOWED.values() for name in names}
+    assert listed - known_modules() == set()
+
+
+def reachable(layer: str, seen: frozenset[str] = frozenset()) -> set[str]:
+    """The top-level layers below one, however many steps away."""
+    tops = {name.split(".")[0] for key, names in ALLOWED.items() if key.split(".")[0] == layer for name in names}
+    new = tops - seen - {layer}
+    return new.union(*(reachable(name, seen | new | {layer}) for name in new))
+
+
+@pytest.mark.parametrize("layer", sorted({key.split(".")[0] for key in ALLOWED} - {""}))
+def test_layers_have_no_cycle(layer: str) -> None:
+    assert layer not in {below for name in reachable(layer) for below in reachable(name)}
+
+
+@pytest.mark.parametrize("above", ["data", "engine", "evaluation", "report"])
+def test_modeling_stays_below(above: str) -> None:
+    assert above not in reachable("modeling")
+    assert above not in reachable("checkpoint")
+
+
+KNOWN = {"", "specs", "data", "data.loader", "modeling", "modeling.heads", "engine", "engine.trainer"}
+
+
+@pytest.mark.parametrize(
+    ("source", "wanted"),
+    [
+        ("from ..engine.trainer import expand", "engine.trainer"),
+        ("from ..engine import trainer", "engine.trainer"),
+        ("from .. import engine", "engine"),
+        ("import xlearner_d2.data.loader", "data.loader"),
+        ("from xlearner_d2.data.loader import JointDataset", "data.loader"),
+        ("def late():\n    from ..data.loader import JointDataset", "data.loader"),
+        ("if TYPE_CHECKING:\n    from ..data import loader", "data.loader"),
+        ("from xlearner_d2 import XLearner", "xlearner_d2"),
+    ],
+)
+def test_a_forbidden_import_is_found(source: str, wanted: str) -> None:
+    assert forbidden(source, "modeling.heads", known=KNOWN) == [f"modeling.heads imports {wanted}"]
+
+
+def test_an_allowed_import_is_not() -> None:
+    assert forbidden("import torch\nfrom ..specs import SourceSpec", "modeling.heads", known=KNOWN) == []
+    assert forbidden("from . import heads", "modeling", is_package=True, known=KNOWN) == []
+
+
+def test_a_new_layer_must_be_listed() -> None:
+    assert forbidden("", "novel.module") == ["novel.module is in no layer: add it to ALLOWED."]
