@@ -37,19 +37,32 @@ def main(args: argparse.Namespace) -> None:
     run(load_config(args.config_file, args.opts), args)
 
 
-if __name__ == "__main__":
-    arguments = parse_args()
-    try:
-        load_config(arguments.config_file, arguments.opts)  # before any worker is started
-        from detectron2.engine import launch
+def start(args: argparse.Namespace) -> None:
+    """Validate once, in this process, then start the workers."""
+    from detectron2.engine import launch
 
-        launch(
-            main,
-            arguments.num_gpus,
-            num_machines=arguments.num_machines,
-            machine_rank=arguments.machine_rank,
-            dist_url=arguments.dist_url,
-            args=(arguments,),
-        )
+    from xlearner_d2.engine.run import validate
+
+    cfg = load_config(args.config_file, args.opts)
+    workers = args.num_gpus * args.num_machines
+    if args.dry_run:
+        print(validate(cfg, args, world_size=workers)[1])
+        return
+    if workers > 1:  # errors of workers come with the tracebacks of all; and decoding images once is enough
+        validate(cfg, args, world_size=workers)
+        args.opts = [*args.opts, "XLEARNER.CHECK_IMAGES", "0"]
+    launch(
+        main,
+        args.num_gpus,
+        num_machines=args.num_machines,
+        machine_rank=args.machine_rank,
+        dist_url=args.dist_url,
+        args=(args,),
+    )
+
+
+if __name__ == "__main__":
+    try:
+        start(parse_args())
     except ConfigError as error:
         sys.exit(f"error: {error}")

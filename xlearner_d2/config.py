@@ -32,11 +32,11 @@ def add_xlearner_config(cfg: CfgNode) -> None:
     # Faster convolutions on GPUs with tensor cores and on CPUs.
     x.CHANNELS_LAST = True
 
-    x.RECONCILIATION = CfgNode()
+    x.RECONCILIATION = r = CfgNode()
     # Stages of a branch that receive features of the other branches.
-    x.RECONCILIATION.STAGES = ["res2", "res3", "res4"]
+    r.STAGES = ["res2", "res3", "res4"]
     # A stage receives the others' same stage and all shallower ones (True), or the same stage alone (False).
-    x.RECONCILIATION.CROSS_SCALE = True
+    r.CROSS_SCALE = True
 
     x.SQUEEZE = q = CfgNode()
     # Distil during the expansion run, from the branches as they are, instead of afterwards.
@@ -47,8 +47,9 @@ def add_xlearner_config(cfg: CfgNode) -> None:
     q.INIT = "random"
     # Depth of the student; 0 takes that of the branches.
     q.DEPTH = 0
-    # Stages whose features are matched, and the weight of each.
+    # Stages whose features are matched.
     q.STAGES = ["res2", "res3", "res4", "res5"]
+    # Weight of each of these stages; 0 leaves one out.
     q.STAGE_WEIGHTS = [1.0, 1.0, 1.0, 1.0]
     # What a hint is compared by: cosine_smooth_l1 (half each), mse, cosine, smooth_l1.
     q.DISTANCE = "cosine_smooth_l1"
@@ -63,8 +64,9 @@ def add_xlearner_config(cfg: CfgNode) -> None:
     cfg.SOLVER.OPTIMIZER = "AdamW"
 
     x.PLUG_IN = p = CfgNode()
-    # For build_xlearner_*_backbone: the expanded checkpoint, and the task whose branch becomes the backbone.
+    # For build_xlearner_*_backbone: the expanded checkpoint.
     p.WEIGHTS = ""
+    # The task whose branch becomes the backbone.
     p.TASK = ""
 
     add_classifier_config(cfg)
@@ -77,10 +79,13 @@ def add_classifier_config(cfg: CfgNode) -> None:
     c.IN_FEATURE = "res5"
     # Read from the data set's metadata when the config is a source's head.
     c.NUM_CLASSES = 1000
+    # Share of the target that is spread over all classes.
     c.LABEL_SMOOTHING = 0.1
-    # Strength of timm's mixup and cutmix; 0 turns each off.
+    # Strength of timm's mixup; 0 turns it off.
     c.MIXUP = 0.0
+    # Strength of timm's cutmix; 0 turns it off.
     c.CUTMIX = 0.0
+    # Probability of dropping a pooled feature in training.
     c.DROPOUT = 0.0
 
     cfg.INPUT.CLASSIFICATION = a = CfgNode()
@@ -88,6 +93,7 @@ def add_classifier_config(cfg: CfgNode) -> None:
     a.SIZE = 224
     # Share of the image's area that a random crop takes, at least and at most.
     a.SCALE = [0.25, 1.0]
+    # Strength of brightness, contrast and saturation changes.
     a.COLOR_JITTER = 0.4
     # A policy of timm, such as "rand-m9-mstd0.5"; "" for none.
     a.AUTO_AUGMENT = ""

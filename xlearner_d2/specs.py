@@ -66,7 +66,7 @@ class SourceSpec:
     Attributes:
         name: unique; used in log lines, metrics and loss names.
         task: free name; sources with the same task share a branch.
-        config: the Detectron2 config whose model becomes this source's head: a file or a model-zoo path.
+        config: the Detectron2 config whose model becomes this source's head; a file or a model-zoo path.
         train: names of registered data sets, concatenated.
         test: names of registered data sets, evaluated one by one.
         ims_per_batch: images of this source in each step, over all workers.

@@ -8,10 +8,11 @@ from typing import Any
 import numpy as np
 import pytest
 import yaml
+from detectron2.config import CfgNode
 from PIL import Image
 
 from xlearner_d2 import load_config
-from xlearner_d2.engine.run import run
+from xlearner_d2.engine.run import run, validate
 
 ROOT = Path(__file__).resolve().parents[2]
 SIZE, COUNT = 64, 8
@@ -116,7 +117,17 @@ class Project:
         options = {"dry_run": False, "resume": False, "eval_only": False, **flags}
         with pytest.MonkeyPatch.context() as patch:
             patch.setenv("DETECTRON2_DATASETS", str(self.root / "data"))
-            return run(load_config(self.file, [str(opt) for opt in opts]), argparse.Namespace(**options))
+            return run(self.load(*opts), argparse.Namespace(**options))
+
+    def load(self, *opts: Any) -> CfgNode:
+        return load_config(self.file, [str(opt) for opt in opts])
+
+    def dry_run(self, *opts: Any) -> str:
+        """The plan in words."""
+        options = argparse.Namespace(dry_run=True, resume=False, eval_only=False)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setenv("DETECTRON2_DATASETS", str(self.root / "data"))
+            return validate(self.load(*opts), options, world_size=1)[1]
 
 
 @pytest.fixture

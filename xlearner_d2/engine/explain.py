@@ -5,7 +5,6 @@ from collections.abc import Sequence
 import torch
 from detectron2.config import CfgNode
 from detectron2.modeling import build_model
-from detectron2.utils import comm
 from fvcore.nn import ActivationCountAnalysis
 from tabulate import tabulate
 from torch import nn
@@ -30,7 +29,7 @@ def explain(plan: Plan) -> str:
     steps = {"expand": plan.cfg.SOLVER.MAX_ITER, "squeeze": squeeze_steps}
     lines = [
         f"The plan: {', then '.join(f'{stage} for {steps[stage]} steps' for stage in plan.stages)}, "
-        f"on {_devices(plan.cfg)}, sharing {plan.cfg.XLEARNER.SHARING!r}.",
+        f"on {_devices(plan)}, sharing {plan.cfg.XLEARNER.SHARING!r}.",
         "",
         _sources_table(plan, model),
         "",
@@ -43,8 +42,8 @@ def explain(plan: Plan) -> str:
     return "\n".join(lines)
 
 
-def _devices(cfg: CfgNode) -> str:
-    workers = comm.get_world_size()
+def _devices(plan: Plan) -> str:
+    workers, cfg = plan.world_size, plan.cfg
     kind = "GPU" if cfg.MODEL.DEVICE.startswith("cuda") else "CPU process"
     precision = "mixed precision" if cfg.SOLVER.AMP.ENABLED else "float32"
     return f"{workers} {kind}{'' if workers == 1 else 's' if kind == 'GPU' else 'es'} in {precision}"
@@ -113,7 +112,7 @@ def _memory(plan: Plan, model: XLearner) -> float:
     total = sum(p.numel() for p in model.parameters()) * _BYTES_PER_PARAMETER
     for source in plan.sources:
         height, length = _image_size(plan.heads[source.name])
-        images = source.ims_per_batch // comm.get_world_size()
+        images = source.ims_per_batch // plan.world_size
         branch = model.backbone.branch(model.backbone.branch_of[source.task])
         total += _activations(branch, (height, length)) * images * width * _KEPT_PER_OUTPUT
     return total / 1e9

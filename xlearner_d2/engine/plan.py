@@ -8,7 +8,6 @@ from pathlib import Path
 
 import torch
 from detectron2.config import CfgNode
-from detectron2.utils import comm
 
 from ..config import SHARING, STAGES
 from ..data.sources import SourceData, load_sources, register_sources
@@ -29,6 +28,7 @@ class Plan:
     """A validated run.
 
     Attributes:
+        world_size: number of workers.
         cfg: the project's config, frozen, scaled to the number of workers.
         sources: in the order of the config.
         heads: the Detectron2 config of each source's head, by source.
@@ -37,6 +37,7 @@ class Plan:
         probes: linear probes of the student.
     """
 
+    world_size: int
     cfg: CfgNode
     sources: tuple[SourceSpec, ...]
     heads: Mapping[str, CfgNode]
@@ -170,23 +171,26 @@ def scale_to_workers(cfg: CfgNode, world_size: int) -> CfgNode:
     return cfg
 
 
-def _check_batch(source: SourceSpec, head: CfgNode) -> list[str]:
-    options, share = head.MODEL.CLASSIFIER, source.ims_per_batch // comm.get_world_size()
+def _check_batch(source: SourceSpec, head: CfgNode, world_size: int) -> list[str]:
+    options, share = head.MODEL.CLASSIFIER, source.ims_per_batch // world_size
     if (options.MIXUP or options.CUTMIX) and share % 2:
         where = f"XLEARNER.SOURCES.{source.name}.IMS_PER_BATCH"
         return [f"{where} gives each worker {share} images, but mixup and cutmix need an even number."]
     return []
 
 
-def make_plan(cfg: CfgNode) -> Plan:
+def make_plan(cfg: CfgNode, *, world_size: int) -> Plan:
     """Validate a config and its data.
+
+    Args:
+        world_size: number of workers that will train.
 
     Raises:
         ConfigError: with all problems of the config; when it has none, with all problems of the data.
     """
-    cfg = scale_to_workers(cfg, comm.get_world_size())
+    cfg = scale_to_workers(cfg, world_size)
     problems = _check_settings(cfg)
-    sources = parse_sources(cfg.XLEARNER.SOURCES, problems, world_size=comm.get_world_size())
+    sources = parse_sources(cfg.XLEARNER.SOURCES, problems, world_size=world_size)
     probes = parse_probes(cfg.XLEARNER.PROBES, problems)
     with _collect(problems):
         register_sources(cfg, sources, probes)
@@ -197,10 +201,16 @@ def make_plan(cfg: CfgNode) -> Plan:
     for source in sources:
         with _collect(problems):
             heads[source.name] = head_config(source, cfg)
-            problems += _check_batch(source, heads[source.name])
+            problems += _check_batch(source, heads[source.name], world_size)
     if problems:
         raise ConfigError(problems)
     tasks = derive_tasks(sources, heads)
     return Plan(
-        cfg=cfg, sources=tuple(sources), heads=heads, tasks=tuple(tasks), data=data, probes=tuple(probes)
+        world_size=world_size,
+        cfg=cfg,
+        sources=tuple(sources),
+        heads=heads,
+        tasks=tuple(tasks),
+        data=data,
+        probes=tuple(probes),
     )

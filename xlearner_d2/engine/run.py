@@ -28,20 +28,26 @@ from .trainer import expand
 logger = logging.getLogger(__name__)
 
 
-def run(cfg: CfgNode, args: argparse.Namespace) -> dict[str, Any]:
-    """Validate, then do what the config and the command line ask for; return what ``metrics.json`` holds.
+def validate(cfg: CfgNode, args: argparse.Namespace, *, world_size: int) -> tuple[Plan, str]:
+    """The plan of a run on so many workers, and its description; writes nothing.
 
     Raises:
-        ConfigError: before anything is written, when the config, the data or the output folder is not as needed.
+        ConfigError: when the config, the data, a head or the output folder is not as needed.
     """
-    plan = make_plan(cfg)
+    plan = make_plan(cfg, world_size=world_size)
     description = explain(plan)
-    if args.dry_run:
-        if comm.is_main_process():
-            print(description)
-        return {}
-    if not args.eval_only:
+    if not (args.eval_only or args.dry_run):
         check_output(plan, resume=args.resume)
+    return plan, description
+
+
+def run(cfg: CfgNode, args: argparse.Namespace) -> dict[str, Any]:
+    """One worker: validate, then do what the config and the command line ask for; return what ``metrics.json`` holds.
+
+    Raises:
+        ConfigError: before anything is written, see :func:`validate`.
+    """
+    plan, description = validate(cfg, args, world_size=comm.get_world_size())
     _set_up(plan, args, description)
     model = _load_expanded(plan) if args.eval_only else _train(plan, resume=args.resume)
     metrics: dict[str, Any] = {}

@@ -1,0 +1,88 @@
+"""Write docs/SETTINGS.md from the comments of xlearner_d2/config.py and the docstrings of xlearner_d2/specs.py.
+
+    python tools/settings.py [--check]
+"""
+
+import argparse
+import ast
+import re
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+OUTPUT = ROOT / "docs/SETTINGS.md"
+RECORDS = {"DATASETS": "DatasetSpec", "SOURCES": "SourceSpec", "PROBES": "ProbeSpec"}
+HEADER = """# Settings
+
+What this project adds to Detectron2's settings. Written by `python tools/settings.py`; edit the comments there instead:
+`xlearner_d2/config.py`, `xlearner_d2/specs.py`.
+
+"""
+
+
+def read_settings(source: str) -> list[tuple[str, str, str]]:
+    """(name, default, comment) of each assignment to a config node in config.py, in order."""
+    nodes = {"cfg": ""}
+    comment: list[str] = []
+    found = []
+    for line in source.splitlines():
+        text = line.strip()
+        section = re.fullmatch(r"(\w+)\.(\w+(?:\.\w+)?) = (\w+) = CfgNode\(\)", text)
+        setting = re.fullmatch(r"(\w+)\.(\w+(?:\.[A-Z_]+)?) = (.+)", text)
+        if section and section[1] in nodes:
+            nodes[section[3]] = f"{nodes[section[1]]}{section[2]}."
+        elif text.startswith("# "):
+            comment.append(text[2:])
+            continue
+        elif setting and setting[1] in nodes and setting[2].replace(".", "").replace("_", "").isupper():
+            default = setting[3] if "CfgNode" not in setting[3] else "none"
+            found.append((nodes[setting[1]] + setting[2], default, " ".join(comment)))
+        comment = []
+    return found
+
+
+def read_record(source: str, name: str) -> list[tuple[str, str, str]]:
+    """(key, default, meaning) of each field of a dataclass in specs.py."""
+    tree = ast.parse(source)
+    record = next(node for node in tree.body if isinstance(node, ast.ClassDef) and node.name == name)
+    text = re.sub(r"\n\s{8,}(?=\S)", " ", (ast.get_docstring(record, clean=False) or "").split("Attributes:")[1])
+    meaning = dict(re.findall(r"(?:^|\s)(\w+(?:, \w+)?): (.+?)(?=\s+\w+(?:, \w+)?: |\s*$)", text.strip(), re.S))
+    meanings = {key: value for keys, value in meaning.items() for key in keys.split(", ")}
+    fields = [node for node in record.body if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name)]
+    rows = []
+    for field in fields:
+        key = field.target.id  # type: ignore[union-attr]
+        if key != "name":
+            default = ast.unparse(field.value) if field.value else "needed"
+            rows.append((key.upper(), default, meanings.get(key, "")))
+    return rows
+
+
+def table(rows: list[tuple[str, str, str]], first: str) -> str:
+    lines = [f"| {first} | default | meaning |", "|---|---|---|"]
+    lines += [f"| `{name}` | `{default}` | {meaning.replace('|', chr(92) + '|')} |" for name, default, meaning in rows]
+    return "\n".join(lines)
+
+
+def render() -> str:
+    """The whole page."""
+    config = (ROOT / "xlearner_d2/config.py").read_text(encoding="utf-8")
+    specs = (ROOT / "xlearner_d2/specs.py").read_text(encoding="utf-8")
+    parts = [table(read_settings(config), "setting")]
+    for section, record in RECORDS.items():
+        parts.append(f"## A record of `XLEARNER.{section}`\n\n{table(read_record(specs, record), 'key')}")
+    return HEADER + "\n\n".join(parts) + "\n"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--check", action="store_true", help="fail if the page is not up to date")
+    if parser.parse_args().check:
+        if OUTPUT.read_text(encoding="utf-8") != render():
+            sys.exit(f"{OUTPUT} is not up to date: run python tools/settings.py")
+        return
+    OUTPUT.write_text(render(), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
