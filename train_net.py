@@ -6,6 +6,7 @@
 """
 
 import argparse
+import multiprocessing
 import os
 import sys
 
@@ -32,6 +33,9 @@ def parse_args() -> argparse.Namespace:
 
 def main(args: argparse.Namespace) -> None:
     """One worker's run."""
+    if sys.platform == "linux":
+        # A worker that was spawned would spawn its loader's processes, each of which imports everything again (6 s).
+        multiprocessing.set_start_method("fork", force=True)
     from xlearner_d2.engine.run import run
 
     run(load_config(args.config_file, args.opts), args)

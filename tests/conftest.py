@@ -13,7 +13,9 @@ from detectron2.structures import BitMasks, Boxes, Instances
 
 from xlearner_d2 import XLearner, add_xlearner_config
 
-os.environ.setdefault("OMP_NUM_THREADS", "1")
+# One thread here and in the processes that tests start: results are then the same bit for bit.
+os.environ["OMP_NUM_THREADS"] = "1"
+torch.set_num_threads(1)
 
 CLASSES = 3
 SIZE = 64

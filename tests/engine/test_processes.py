@@ -62,7 +62,7 @@ def test_a_killed_run_goes_on_where_it_was(project):
     project.write(project.content)
     project.run("OUTPUT_DIR", project.root / "alone", "XLEARNER.STAGE", "expand")
     process = start(project, "XLEARNER.STAGE", "expand")
-    first = project.root / "out/expand/model_0000001.pth"
+    first = project.root / "out/expand/last_checkpoint"
     deadline = time.monotonic() + 240
     while not first.exists() and process.poll() is None and time.monotonic() < deadline:
         time.sleep(0.02)

@@ -135,7 +135,7 @@ def test_dry_run_tells_the_plan_and_writes_nothing(project):
         r"expand for 2 steps, then squeeze for 2 steps",
         r"boxes\s+detection\s+8\s+8\s+3\s+2\s+0\.5",
         r"detection\s+boxes\s+ResNet-50\s+res2, res3, res4, res5\s+res2, res3, res4",
-        r"Expected memory of a training step: about 0\.\d GB",
+        r"Expected memory of a training step: about 0\.\d GB a worker",
     ):
         assert re.search(pattern, plan), pattern
     assert not (project.root / "out").exists()

@@ -24,7 +24,7 @@ from ..modeling.distill import Distiller, matched_stages
 from ..modeling.expanded import build_branch
 from .optimizer import make_optimizer
 from .plan import STUDENT_FILE, Plan, expanded_file, squeeze_config, student_config
-from .trainer import StepSeed, build_loader, build_step_trainer, common_hooks, resume
+from .trainer import StepSeed, build_loader, build_step_trainer, common_hooks, resume, share_norm_statistics
 
 logger = logging.getLogger(__name__)
 
@@ -77,6 +77,7 @@ class SqueezeHook(HookBase):
         if self.trainer.iter < self.trainer.max_iter:
             return  # stopped early: the checkpoint holds the state, there is nothing to export yet
         recalibrate(self.distiller, self.recalibration, self.recalibration_steps)
+        share_norm_statistics(self.distiller.student)
         if comm.is_main_process():
             self.export(self.distiller.student)
         comm.synchronize()

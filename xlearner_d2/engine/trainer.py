@@ -22,7 +22,7 @@ from ..checkpoint.load import load_resnet, load_strictly, read_checkpoint
 from ..checkpoint.training import TrainingCheckpointer
 from ..data.loader import build_joint_train_loader, start_at
 from ..modeling import XLearner
-from .evaluate import evaluate_sources
+from .evaluate import SourceResults, evaluate_sources
 from .optimizer import make_optimizer
 from .plan import EXPANDED_FILE, Plan
 
@@ -66,6 +66,20 @@ def distributed(model: nn.Module) -> nn.Module:
         return model
     devices = [comm.get_local_rank()] if next(model.parameters()).is_cuda else None
     return DistributedDataParallel(model, device_ids=devices, broadcast_buffers=False)
+
+
+@torch.no_grad()
+def share_norm_statistics(model: nn.Module) -> None:
+    """Average the running statistics of norm layers over all workers, each of which has seen its own images.
+
+    What is saved, by the main worker, is then what all workers evaluate.
+    """
+    if comm.get_world_size() == 1:
+        return
+    for name, buffer in model.named_buffers():
+        if name.endswith(("running_mean", "running_var")):
+            torch.distributed.all_reduce(buffer)
+            buffer /= comm.get_world_size()
 
 
 def build_step_trainer(cfg: CfgNode, model: nn.Module, loader: Any, optimizer: torch.optim.Optimizer) -> SimpleTrainer:
@@ -139,6 +153,11 @@ def expand(plan: Plan, *, resume_run: bool) -> XLearner:
     loader = build_loader(plan)
     latest = LatestBatch(loader)
     optimizer = make_optimizer(cfg, model)
+
+    def evaluate() -> SourceResults:
+        share_norm_statistics(model)
+        return evaluate_sources(model, plan)
+
     trainer = build_step_trainer(cfg, model, latest, optimizer)
     trainer.register_hooks(
         [
@@ -146,7 +165,7 @@ def expand(plan: Plan, *, resume_run: bool) -> XLearner:
             hooks.LRScheduler(optimizer, build_lr_scheduler(cfg, optimizer)),
             *_online_squeeze(plan, model, latest),  # learns from the branches as this step left them
             hooks.IterationTimer(),  # times the squeeze as well
-            hooks.EvalHook(cfg.TEST.EVAL_PERIOD, lambda: evaluate_sources(model, plan), eval_after_train=False),
+            hooks.EvalHook(cfg.TEST.EVAL_PERIOD, evaluate, eval_after_train=False),
         ]
     )
     checkpointer = TrainingCheckpointer(model, str(folder), trainer=trainer)
@@ -154,6 +173,7 @@ def expand(plan: Plan, *, resume_run: bool) -> XLearner:
     start = resume(trainer, checkpointer, wanted=resume_run)
     start_at(loader, start)
     trainer.train(start, cfg.SOLVER.MAX_ITER)
+    share_norm_statistics(model)
     if comm.is_main_process():
         save_expanded(model, cfg, plan.tasks, path)
         logger.info(f"The expanded model is in {path}.")

@@ -1,0 +1,65 @@
+"""A trial of each source before a run: two of its images through its head, to see that they fit and what they keep."""
+
+from typing import Any
+
+import torch
+from detectron2.utils.events import EventStorage
+from torch import Tensor
+
+from ..data.mappers import SourceMapper, build_mapper
+from ..modeling import XLearner
+from ..specs import ConfigError, SourceSpec
+from .plan import Plan
+
+#: Bytes per parameter in training: float32 weight, gradient, and one (SGD) or two (AdamW) running averages.
+_BYTES_PER_PARAMETER = {"SGD": 12, "AdamW": 16}
+#: Images of a trial; more than one, for BN of features that have shrunk to one pixel.
+_NUM_IMAGES = 2
+
+
+def expected_memory(plan: Plan, model: XLearner) -> float:
+    """GB that weights, gradients, optimiser and what is kept for the backward pass take in one worker's step.
+
+    On a GPU with mixed precision this is an upper bound: the trial runs in float32.
+
+    Raises:
+        ConfigError: with every source whose images its head cannot learn from.
+    """
+    problems: list[str] = []
+    total: float = sum(p.numel() for p in model.parameters()) * _BYTES_PER_PARAMETER[plan.cfg.SOLVER.OPTIMIZER]
+    model.train()
+    for source in plan.sources:
+        try:
+            images = _images(plan, source)
+            kept = _kept_bytes(model, source.name, images)
+        except Exception as error:  # whatever a third party's head raises
+            problems.append(f"XLEARNER.SOURCES.{source.name}: a trial step with {source.config} failed: {error!r}")
+            continue
+        total += kept * (source.ims_per_batch // plan.world_size) / len(images)
+    if problems:
+        raise ConfigError(problems)
+    return total / 1e9
+
+
+def _images(plan: Plan, source: SourceSpec) -> list[dict[str, Any]]:
+    mapper = SourceMapper(source.name, build_mapper(plan.heads[source.name], is_train=True))
+    records = plan.data[source.name].train
+    return [mapper(records[number % len(records)], seed=number) for number in range(_NUM_IMAGES)]
+
+
+def _kept_bytes(model: XLearner, source: str, images: list[dict[str, Any]]) -> int:
+    """Bytes of the distinct tensors that autograd keeps for the backward pass, parameters aside."""
+    kept: dict[int, int] = {}
+
+    def note(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        kept[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with EventStorage(), torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+        losses = model({source: images})
+        assert isinstance(losses, dict)
+        assert losses
+    for parameter in model.parameters():
+        kept.pop(parameter.untyped_storage().data_ptr(), None)
+    return sum(kept.values())
