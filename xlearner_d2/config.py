@@ -130,7 +130,7 @@ def _node_problems(node: yaml.Node, *, trusted: bool, path: str = "", above: tup
 def check_config_file(path: str | Path, *, derived: tuple[Path, ...] = ()) -> None:
     """See that ``path`` and the files it is based on are YAML mappings without double keys and without code.
 
-    A file that passes can be read with ``allow_unsafe=True``: only files inside Detectron2 may have tags that run
+    A file that passes can be read with ``allow_unsafe=True``: only files of Detectron2's model zoo may have tags that run
     code, because the model zoo computes RetinaNet's anchor sizes in one.
 
     Args:
@@ -150,7 +150,9 @@ def check_config_file(path: str | Path, *, derived: tuple[Path, ...] = ()) -> No
         raise ConfigError([f"{path} is not valid YAML: {error}"]) from error
     if not isinstance(node, yaml.MappingNode):
         raise ConfigError([f"{path} should hold a mapping such as 'XLEARNER: …'."])
-    trusted = path.resolve().is_relative_to(Path(detectron2.__file__).resolve().parent)
+    # In a Detectron2 that was built from its repository, this folder is a link to one outside the package.
+    zoo = Path(detectron2.__file__).parent / "model_zoo" / "configs"
+    trusted = path.resolve().is_relative_to(zoo.resolve())
     problems = _node_problems(node, trusted=trusted)
     if problems:
         raise ConfigError([f"{path}: {problem}" for problem in problems])

@@ -142,8 +142,10 @@ def test_dry_run_tells_the_plan_and_writes_nothing(project):
 
 
 def test_squeeze_without_a_teacher_says_what_to_do(project):
-    with pytest.raises(ConfigError, match=r"no teacher .*expanded\.pth: run XLEARNER\.STAGE expand first"):
+    with pytest.raises(ConfigError, match=r"no expanded model .*expanded\.pth: run XLEARNER\.STAGE expand first"):
         project.run("XLEARNER.STAGE", "squeeze")
+    with pytest.raises(ConfigError, match=r"no expanded model .*expanded\.pth"):
+        project.run(eval_only=True)
     assert not (project.root / "out").exists()
 
 

@@ -116,14 +116,23 @@ def check_output(plan: Plan, *, resume: bool) -> None:
         folder = plan.stage_dir(stage)
         if not resume and folder.is_dir() and any(folder.iterdir()):
             problems.append(f"{folder} is not empty. Add --resume to continue that run, or set another OUTPUT_DIR.")
-    squeeze = plan.cfg.XLEARNER.SQUEEZE
-    if plan.stages == ("squeeze",) and not squeeze.TEACHER and not expanded_file(plan.cfg).is_file():
-        problems.append(
-            f"There is no teacher {expanded_file(plan.cfg)}: run XLEARNER.STAGE expand first, "
-            "or set XLEARNER.SQUEEZE.TEACHER to an expanded checkpoint."
-        )
+    if plan.stages == ("squeeze",):
+        with _collect(problems):
+            check_expanded(plan)
     if problems:
         raise ConfigError(problems, what="The output")
+
+
+def check_expanded(plan: Plan) -> None:
+    """See that there is an expanded model to squeeze or to evaluate.
+
+    Raises:
+        ConfigError: saying what to do.
+    """
+    path = expanded_file(plan.cfg)
+    if not path.is_file():
+        do = "run XLEARNER.STAGE expand first, or set XLEARNER.SQUEEZE.TEACHER to an expanded checkpoint"
+        raise ConfigError([f"There is no expanded model {path}: {do}."], what="The output")
 
 
 def expanded_file(cfg: CfgNode) -> Path:

@@ -21,7 +21,7 @@ from ..modeling import XLearner
 from ..report.pictures import draw_dataset_predictions
 from .evaluate import SourceResults, evaluate_sources, probe_student
 from .explain import explain
-from .plan import STUDENT_FILE, Plan, check_output, expanded_file, make_plan
+from .plan import STUDENT_FILE, Plan, check_expanded, check_output, expanded_file, make_plan
 from .squeeze import squeeze
 from .trainer import expand
 
@@ -36,7 +36,9 @@ def validate(cfg: CfgNode, args: argparse.Namespace, *, world_size: int) -> tupl
     """
     plan = make_plan(cfg, world_size=world_size)
     description = explain(plan)
-    if not (args.eval_only or args.dry_run):
+    if args.eval_only:
+        check_expanded(plan)
+    elif not args.dry_run:
         check_output(plan, resume=args.resume)
     return plan, description
 
@@ -69,7 +71,8 @@ def _set_up(plan: Plan, args: argparse.Namespace, description: str) -> None:
     folder = plan.cfg.OUTPUT_DIR
     if comm.is_main_process():
         os.makedirs(folder, exist_ok=True)
-        (Path(folder) / "config.yaml").write_text(plan.cfg.dump())
+        if not args.eval_only:
+            (Path(folder) / "config.yaml").write_text(plan.cfg.dump())
     comm.synchronize()
     for name in ("fvcore", "detectron2", "xlearner_d2"):
         setup_logger(folder, distributed_rank=comm.get_rank(), name=name).setLevel(logging.INFO)
