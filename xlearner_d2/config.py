@@ -130,7 +130,7 @@ def _node_problems(node: yaml.Node, *, trusted: bool, path: str = "", above: tup
 def check_config_file(path: str | Path, *, derived: tuple[Path, ...] = ()) -> None:
     """See that ``path`` and the files it is based on are YAML mappings without double keys and without code.
 
-    A file that passes can be read with ``allow_unsafe=True``: only files of Detectron2's model zoo may have tags that run
+    A file that passes can be read with ``allow_unsafe=True``: only Detectron2's model zoo may have tags that run
     code, because the model zoo computes RetinaNet's anchor sizes in one.
 
     Args:
