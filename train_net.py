@@ -1,8 +1,8 @@
 #!/usr/bin/env python
 """Train one universal backbone from many sources: expand, squeeze, export, evaluate.
 
-    python train_net.py --config-file configs/quick/openmoji.yaml
-    python train_net.py --config-file … --dry-run | --resume | --eval-only | --num-gpus 8  XLEARNER.STAGE expand
+python train_net.py --config-file configs/quick/openmoji.yaml
+python train_net.py --config-file … --dry-run | --resume | --eval-only | --num-gpus 8  XLEARNER.STAGE expand
 """
 
 import argparse

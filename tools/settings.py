@@ -1,6 +1,6 @@
 """Write docs/SETTINGS.md from the comments of xlearner_d2/config.py and the docstrings of xlearner_d2/specs.py.
 
-    python tools/settings.py [--check]
+python tools/settings.py [--check]
 """
 
 import argparse

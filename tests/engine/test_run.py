@@ -58,6 +58,14 @@ def test_one_run_leaves_everything_a_user_needs(finished):
     assert "use " + str(out / "student_d2.pth") + " as MODEL.WEIGHTS" in log
 
 
+def test_each_stage_logs_its_losses_and_its_learning_rate(finished):
+    for stage, loss in (("expand", "boxes/loss_mask"), ("squeeze", "loss_hint_detection")):
+        lines = (finished.root / "out" / stage / "metrics.json").read_text().splitlines()
+        last = json.loads(lines[-1])
+        assert {loss, "total_loss", "lr", "data_time"} <= last.keys()
+        assert not [name for name in last if name.startswith("/")]
+
+
 def test_student_loads_into_a_model_zoo_config(finished):
     """Through Detectron2's own checkpointer, with the student's width set as a user would set it."""
     cfg = model_zoo.get_config("COCO-Detection/faster_rcnn_R_50_FPN_1x.yaml")

@@ -119,7 +119,7 @@ def _report_student(plan: Plan, weights: Path) -> dict[str, Any]:
         rows = [(name, found["student"], found["random"]) for name, found in probes.items()]
         table = tabulate(rows, headers=["downstream data", "student", "random weights"], floatfmt=".1f")
         logger.info(f"The student's linear-probe accuracy, in percent:\n{table}")
-    logger.info(f"The student is an ordinary ResNet: use {weights} as MODEL.WEIGHTS of any Detectron2 config.")
+    logger.info(f"The student is a plain ResNet: use {weights} as MODEL.WEIGHTS of any Detectron2 config of its depth.")
     return {"probes": probes}
 
 

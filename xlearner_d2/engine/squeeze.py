@@ -2,6 +2,7 @@
 
 import logging
 from collections.abc import Iterable, Iterator
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -68,7 +69,7 @@ class SqueezeHook(HookBase):
 
     def after_step(self) -> None:
         self.inner.iter = self.trainer.iter
-        with self.trainer.storage.name_scope(self.scope):
+        with self.trainer.storage.name_scope(self.scope) if self.scope else nullcontext():
             self.trainer.storage.put_scalar("lr", self.inner.optimizer.param_groups[0]["lr"], smoothing_hint=False)
             self.inner.run_step()
         self.scheduler.step()
@@ -192,7 +193,7 @@ def squeeze(plan: Plan, *, resume_run: bool) -> None:
     trainer = HookTrainer()
     trainer.register_hooks([StepSeed(max(plan.cfg.SEED, 0)), hook, hooks.IterationTimer()])  # the timer times the hook
     checkpointer = TrainingCheckpointer(hook.distiller.student, str(folder), trainer=trainer)
-    trainer.register_hooks(common_hooks(plan.cfg, checkpointer, folder))
+    trainer.register_hooks(common_hooks(plan.cfg, checkpointer, folder, max_iter=max_iter))
     start = resume(trainer, checkpointer, wanted=resume_run)
     start_at(loader, start)
     trainer.train(start, max_iter)

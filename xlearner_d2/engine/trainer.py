@@ -122,12 +122,12 @@ def resume(trainer: TrainerBase, checkpointer: TrainingCheckpointer, *, wanted: 
     return trainer.iter + 1
 
 
-def common_hooks(cfg: CfgNode, checkpointer: TrainingCheckpointer, folder: Path) -> list[HookBase]:
+def common_hooks(cfg: CfgNode, checkpointer: TrainingCheckpointer, folder: Path, *, max_iter: int) -> list[HookBase]:
     """Hooks that close a stage's list: checkpoints, then writers, which report what all others logged."""
     if not comm.is_main_process():
         return []
     period = cfg.SOLVER.CHECKPOINT_PERIOD
-    writers = default_writers(str(folder))
+    writers = default_writers(str(folder), max_iter)
     return [
         hooks.PeriodicCheckpointer(checkpointer, period, max_to_keep=2),
         hooks.PeriodicWriter(writers, period=20),
@@ -169,7 +169,7 @@ def expand(plan: Plan, *, resume_run: bool) -> XLearner:
         ]
     )
     checkpointer = TrainingCheckpointer(model, str(folder), trainer=trainer)
-    trainer.register_hooks(common_hooks(cfg, checkpointer, folder))
+    trainer.register_hooks(common_hooks(cfg, checkpointer, folder, max_iter=cfg.SOLVER.MAX_ITER))
     start = resume(trainer, checkpointer, wanted=resume_run)
     start_at(loader, start)
     trainer.train(start, cfg.SOLVER.MAX_ITER)

@@ -87,11 +87,7 @@ class Reconciliation(nn.Module):
 
     def deepest(self) -> dict[str, str]:
         """By auxiliary branch, the deepest of its stages that any layer reads."""
-        return {
-            name: max(key.split("_to_")[0] for key in layers)
-            for name, layers in self._by_branch()
-            if len(layers)
-        }
+        return {name: max(key.split("_to_")[0] for key in layers) for name, layers in self._by_branch() if len(layers)}
 
     def _by_branch(self) -> list[tuple[str, nn.ModuleDict]]:
         return [(name, cast(nn.ModuleDict, layers)) for name, layers in self.layers.items()]
