@@ -55,8 +55,9 @@ def add_xlearner_config(cfg: CfgNode) -> None:
     q.DISTANCE = "cosine_smooth_l1"
     # How the teacher's features are normalised: standardise (per channel, running), l2, phi_s, none.
     q.NORMALISER = "standardise"
-    # Steps of the source mix over which the student's BN statistics are estimated at the end; 0 keeps them.
-    q.BN_RECALIBRATION_STEPS = 50
+    # Batches of the source mix, each of images of one size, over which the student's BN statistics are estimated at
+    # the end; 0 keeps the running averages.
+    q.BN_RECALIBRATION_BATCHES = 50
     # Keys of SOLVER with other values in the squeeze stage.
     q.SOLVER = CfgNode(new_allowed=True)
 

@@ -92,7 +92,7 @@ def config(root: Path) -> dict[str, Any]:
                 "areas": source("segmentation", "light_semantic_fpn", "t_areas", segment),
             },
             "PROBES": {"pics": {"TRAIN": "t_pics", "TEST": "t_pics", "IMAGE_SIZE": SIZE}},
-            "SQUEEZE": {"SOLVER": {"MAX_ITER": 2}, "BN_RECALIBRATION_STEPS": 1},
+            "SQUEEZE": {"SOLVER": {"MAX_ITER": 2}, "BN_RECALIBRATION_BATCHES": 1},
         },
         "SOLVER": {"MAX_ITER": 2, "WARMUP_ITERS": 1, "AMP": {"ENABLED": False}, "CHECKPOINT_PERIOD": 1},
         "DATALOADER": {"NUM_WORKERS": 0},

@@ -40,8 +40,8 @@ class SqueezeHook(HookBase):
         scope: prefix of what is logged, to tell it from what the outer trainer logs.
         trainer: steps a distiller with an optimiser and batches of its own.
         scheduler: of that optimiser's learning rate, stepped once a step.
-        recalibration: batches ``{source: records}`` over which the student's BN statistics are estimated at the end.
-        recalibration_steps: how many; 0 keeps the running averages.
+        recalibration: loader of the images over which the student's BN statistics are estimated at the end.
+        recalibration_batches: how many batches of them; 0 keeps the running averages.
         export: called with the student at the end.
     """
 
@@ -52,14 +52,14 @@ class SqueezeHook(HookBase):
         trainer: SimpleTrainer,
         scheduler: Any,
         recalibration: Iterable[Any],
-        recalibration_steps: int,
+        recalibration_batches: int,
         export: Any,
     ):
         self.scope = scope
         self.inner = trainer
         self.scheduler = scheduler
         self.recalibration = recalibration
-        self.recalibration_steps = recalibration_steps
+        self.recalibration_batches = recalibration_batches
         self.export = export
 
     @property
@@ -77,7 +77,7 @@ class SqueezeHook(HookBase):
     def after_train(self) -> None:
         if self.trainer.iter < self.trainer.max_iter:
             return  # stopped early: the checkpoint holds the state, there is nothing to export yet
-        recalibrate(self.distiller, self.recalibration, self.recalibration_steps)
+        recalibrate(self.distiller, self.recalibration, self.recalibration_batches)
         share_norm_statistics(self.distiller.student)
         if comm.is_main_process():
             self.export(self.distiller.student)
@@ -103,19 +103,24 @@ class HookTrainer(TrainerBase):
 
 
 @torch.no_grad()
-def recalibrate(distiller: Distiller, batches: Iterable[Any], steps: int) -> None:
-    """Replace the running averages of the student's BN by its statistics over ``steps`` batches of the source mix."""
-    if not steps:
+def recalibrate(distiller: Distiller, loader: Iterable[Any], count: int) -> None:
+    """Replace the running averages of the student's BN by its statistics over batches of the source mix.
+
+    Args:
+        loader: gives ``{source: records}``; the images of one size among them are one batch.
+        count: number of such batches.
+    """
+    if not count:
         return
     training = distiller.training
     distiller.student.train()
 
     def images() -> Iterator[Tensor]:
-        for batch in batches:
-            yield from distiller.image_groups(batch)
+        for batches in loader:
+            yield from distiller.image_groups(batches)
 
     with distiller.teacher.autocast():
-        update_bn_stats(distiller.student, images(), steps)
+        update_bn_stats(distiller.student, images(), count)
     distiller.train(training)
 
 
@@ -166,7 +171,7 @@ def build_squeeze_hook(
         trainer=build_step_trainer(cfg, distiller, batches, optimizer),
         scheduler=build_lr_scheduler(cfg, optimizer),
         recalibration=build_loader(plan, seed_offset=1),
-        recalibration_steps=squeeze.BN_RECALIBRATION_STEPS,
+        recalibration_batches=squeeze.BN_RECALIBRATION_BATCHES,
         export=export,
     )
 
