@@ -111,9 +111,10 @@ def test_eval_only_equals_the_evaluation_after_training(finished):
 
 def test_stages_run_one_after_the_other_equal_both_at_once(finished, project):
     other = without_extras(project)
-    other.run("XLEARNER.STAGE", "expand")
+    first = other.run("XLEARNER.STAGE", "expand")
     assert not (other.root / "out/student_d2.pth").exists()
-    other.run("XLEARNER.STAGE", "squeeze")
+    second = other.run("XLEARNER.STAGE", "squeeze")
+    assert second == {**first, "probes": {}}
     for name in ("expanded.pth", "student_d2.pth"):
         assert same(weights(finished.root / "out" / name), weights(other.root / "out" / name))
 

@@ -60,6 +60,8 @@ def run(cfg: CfgNode, args: argparse.Namespace) -> dict[str, Any]:
         metrics |= _report_student(plan, student)
     if comm.is_main_process():
         path = Path(plan.cfg.OUTPUT_DIR) / "metrics.json"
+        if path.is_file():  # of a stage that was run before
+            metrics = {**json.loads(path.read_text()), **metrics}
         path.write_text(json.dumps(metrics, indent=2) + "\n")
         logger.info(f"All results are in {path}.")
     comm.synchronize()
