@@ -67,6 +67,8 @@ def build_joint_train_loader(
         collate_fn=group_by_source,
         num_workers=num_workers,
         worker_init_fn=_use_one_thread,
+        # Its own, or starting the loader would draw a number from the model's, in a resumed run at another step.
+        generator=torch.Generator().manual_seed(seed),
         pin_memory=False,
         prefetch_factor=4 if num_workers else None,
     )
