@@ -73,11 +73,14 @@ def make_images(head: str, count: int, size: int) -> list[dict[str, Any]]:
 
 
 def make_trainers(head: str, images: list[dict[str, Any]]) -> tuple[SimpleTrainer, SimpleTrainer]:
-    """(XLearner's trainer, stock Detectron2's), starting from the same weights."""
+    """(XLearner's trainer, stock Detectron2's) of models with equally many parameters."""
     cfg = make_config(head)
     ours = build_model(cfg)
     source = SourceSpec(name="only", task="task", config=HEADS[head], train=("benchmark",))
-    stock = build_model(head_config(source, cfg))
+    alone = head_config(source, cfg).clone()
+    alone.defrost()
+    alone.MODEL.BACKBONE.FREEZE_AT = 0
+    stock = build_model(alone)
     assert sum(p.numel() for p in ours.parameters()) == sum(p.numel() for p in stock.parameters())
     trainers = []
     for model, batch in ((ours, {"only": images}), (stock, images)):
