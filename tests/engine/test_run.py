@@ -161,3 +161,16 @@ def test_squeeze_without_a_teacher_says_what_to_do(project):
 def test_output_of_another_run_is_not_overwritten(finished):
     with pytest.raises(ConfigError, match=r"out/expand is not empty\. Add --resume .* or set another OUTPUT_DIR"):
         finished.run()
+
+
+def test_branches_start_from_any_resnet_checkpoint(finished, project):
+    """Here from a student; every branch then holds its weights."""
+    student = finished.root / "out/student_d2.pth"
+    without_extras(project)
+    project.run("XLEARNER.STAGE", "expand", "MODEL.WEIGHTS", student, "SOLVER.BASE_LR", 1e-12)
+    expanded = weights(project.root / "out/expanded.pth")
+    for name, value in weights(student).items():
+        if not name.endswith(("running_mean", "running_var")):
+            for task in ("classification", "detection", "segmentation"):
+                found = expanded[f"backbone.branches.{task}.{name}"]
+                torch.testing.assert_close(found, value, rtol=0, atol=1e-9)
