@@ -1,4 +1,4 @@
-# Every target sets up .venv first; when nothing changed, that takes 10 ms.
+# Every target sets up .venv first; when nothing changed, that takes no time worth mentioning.
 PYTHON ?= python3
 VENV := .venv
 RUN := $(VENV)/bin/python

@@ -10,7 +10,7 @@ import multiprocessing
 import os
 import sys
 
-# Before torch is imported: threads that wait without spinning leave the processors to the data loader (7 to 10 %).
+# Before torch is imported: threads that wait without spinning leave the processors to the data loader.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 from xlearner_d2 import load_config
@@ -34,7 +34,7 @@ def parse_args() -> argparse.Namespace:
 def main(args: argparse.Namespace) -> None:
     """One worker's run."""
     if sys.platform == "linux":
-        # A worker that was spawned would spawn its loader's processes, each of which imports everything again (6 s).
+        # A worker that was spawned would spawn its loader's processes, each of which imports everything again.
         multiprocessing.set_start_method("fork", force=True)
     from xlearner_d2.engine.run import run
 

@@ -1,6 +1,6 @@
 """Set up `.venv` from nothing: pinned packages, Detectron2, and this project, editable.
 
-Needs only Python 3.11 or 3.12 and a package registry. Running it again does nothing (10 ms) until
+Needs only Python 3.11 or 3.12 and a package registry. Running it again does nothing until
 a requirement file changes. A Detectron2 that the environment can import already, such as your own build
 of upstream with its compiled operators, is kept.
 
@@ -59,7 +59,7 @@ def site_packages(target: Path) -> Path:
 
 
 def installer(python: Path) -> list[str | Path]:
-    """uv where it can be had (some 40 s for everything), pip otherwise (about 100 s)."""
+    """uv where it can be had, which is faster; pip otherwise."""
     uv = python.parent / "uv"
     if not uv.exists():
         done = subprocess.run([str(python), "-m", "pip", "install", "-q", UV], capture_output=True, text=True)
