@@ -163,7 +163,10 @@ def test_data_set_dropped_with_null() -> None:
     ("change", "message"),
     [
         ({"FORMAT": "cocoo"}, "XLEARNER.DATASETS.mine.FORMAT is 'cocoo'. Did you mean 'coco'?"),
-        ({"FORMAT": "zip"}, "XLEARNER.DATASETS.mine.FORMAT is 'zip'. Known: coco, image_folder, sem_seg, voc."),
+        (
+            {"FORMAT": "zip"},
+            "XLEARNER.DATASETS.mine.FORMAT is 'zip'. Known: coco, image_folder, sem_seg, torchvision, voc.",
+        ),
         ({"IMAGE": "x"}, "XLEARNER.DATASETS.mine has the unknown key 'IMAGE'. Did you mean 'IMAGES'?"),
         ({"IMAGES": 3}, "XLEARNER.DATASETS.mine.IMAGES is 3, but a string is expected."),
         ({"YEAR": "2007"}, "XLEARNER.DATASETS.mine.YEAR is '2007', but a whole number is expected."),

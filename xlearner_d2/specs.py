@@ -7,16 +7,20 @@ import difflib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import MISSING, dataclass, fields
 from types import UnionType
-from typing import Any, TypeVar, get_origin
+from typing import TYPE_CHECKING, Any, TypeVar, get_origin
 
 from torch import nn
+
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
 
 #: Keys of ``XLEARNER.DATASETS.<name>`` that each ``FORMAT`` takes: (required, optional).
 DATASET_KEYS: dict[str, tuple[frozenset[str], frozenset[str]]] = {
     "coco": (frozenset({"IMAGES", "ANNOTATIONS"}), frozenset()),
     "voc": (frozenset({"ROOT", "SPLIT"}), frozenset({"CLASSES", "YEAR"})),
-    "sem_seg": (frozenset({"IMAGES", "LABELS", "CLASSES"}), frozenset({"IGNORE_VALUE"})),
+    "sem_seg": (frozenset({"IMAGES", "LABELS", "CLASSES"}), frozenset({"IGNORE_VALUE", "LIST"})),
     "image_folder": (frozenset({"IMAGES"}), frozenset({"CLASSES"})),
+    "torchvision": (frozenset({"DATASET", "SPLIT"}), frozenset({"ROOT"})),
 }
 
 
@@ -40,8 +44,10 @@ class DatasetSpec:
         images: folder of images (coco, sem_seg), or of one folder per class (image_folder).
         annotations: COCO json file (coco).
         labels: folder of label PNGs named like the images (sem_seg).
-        root: folder that holds JPEGImages, Annotations and ImageSets (voc).
-        split: name of a file below ``ImageSets/Main`` without ``.txt`` (voc).
+        list: file with one image name a line; images that it does not name are left out (sem_seg).
+        root: folder that holds JPEGImages, Annotations and ImageSets (voc), or torchvision's own root (torchvision).
+        split: name of a file below ``ImageSets/Main`` without ``.txt`` (voc), or train, test, train+val… (torchvision).
+        dataset: class in ``torchvision.datasets``, such as CIFAR10 (torchvision).
         classes: class names in order of their index, or a file that has one name a line.
         ignore_value: label that is not evaluated and gives no loss (sem_seg).
         year: 2007 for the 11-point average precision, 2012 for the area under the curve (voc).
@@ -52,8 +58,10 @@ class DatasetSpec:
     images: str = ""
     annotations: str = ""
     labels: str = ""
+    list: str = ""
     root: str = ""
     split: str = ""
+    dataset: str = ""
     classes: tuple[str, ...] | str = ()
     ignore_value: int = 255
     year: int = 2012
@@ -117,7 +125,7 @@ class ProbeSpec:
     image_size: int = 128
 
 
-Record = TypeVar("Record", DatasetSpec, SourceSpec, ProbeSpec)
+Record = TypeVar("Record", bound="DataclassInstance")
 #: type of a field -> what YAML may give for it, and how that is called in an error
 _KINDS: dict[type, tuple[tuple[type, ...], str]] = {
     str: ((str,), "a string"),
@@ -148,8 +156,8 @@ def _check_value(where: str, key: str, value: Any, kind: Any) -> list[str]:
     return []
 
 
-def _parse(cls: type[Record], name: str, record: Any, where: str, problems: list[str]) -> Record | None:
-    """Turn one YAML mapping into ``cls``; append what is wrong with it to ``problems``."""
+def parse_record(cls: type[Record], name: str, record: Any, where: str, problems: list[str]) -> Record | None:
+    """Turn one YAML mapping into ``cls``, a dataclass with a name; append what is wrong with it to ``problems``."""
     if not isinstance(record, Mapping):
         problems.append(f"{where} is {record!r}, but a mapping such as {{{', '.join(_keys(cls)[:3])}, …}} is expected.")
         return None
@@ -167,7 +175,7 @@ def _parse(cls: type[Record], name: str, record: Any, where: str, problems: list
     if found:
         return None
     values = {key.lower(): tuple(v) if isinstance(v, list | tuple) else v for key, v in record.items()}
-    return cls(name=name, **values)  # type: ignore[arg-type]  # checked above
+    return cls(name=name, **values)  # type: ignore[call-arg]  # checked above
 
 
 def _keys(cls: type) -> list[str]:
@@ -181,7 +189,7 @@ def parse_datasets(records: Mapping[str, Any], problems: list[str]) -> list[Data
         if record is None:
             continue
         where = f"XLEARNER.DATASETS.{name}"
-        spec = _parse(DatasetSpec, name, record, where, problems)
+        spec = parse_record(DatasetSpec, name, record, where, problems)
         if spec is None:
             continue
         if spec.format not in DATASET_KEYS:
@@ -228,7 +236,7 @@ def parse_sources(records: Mapping[str, Any], problems: list[str], *, world_size
         where = f"XLEARNER.SOURCES.{name}"
         if not str(name).isidentifier():
             problems.append(f"{where}: {name!r} is no source name; letters, digits and underscores are expected.")
-        spec = _parse(SourceSpec, name, record, where, problems)
+        spec = parse_record(SourceSpec, name, record, where, problems)
         if spec is not None:
             problems += _check_source(spec, where, world_size)
             parsed.append(spec)
@@ -240,7 +248,7 @@ def parse_sources(records: Mapping[str, Any], problems: list[str], *, world_size
 def parse_probes(records: Mapping[str, Any], problems: list[str]) -> list[ProbeSpec]:
     """Parse ``XLEARNER.PROBES``; a null record is skipped, so that a derived config can drop one."""
     found = [
-        _parse(ProbeSpec, name, record, f"XLEARNER.PROBES.{name}", problems)
+        parse_record(ProbeSpec, name, record, f"XLEARNER.PROBES.{name}", problems)
         for name, record in records.items()
         if record is not None
     ]

@@ -114,7 +114,7 @@ def _augmentation_seed(seed: int) -> Iterator[None]:
     with torch.random.fork_rng(devices=[]):
         random.seed(seed)
         np.random.seed(seed)  # Detectron2's augmentations
-        torch.manual_seed(seed)  # timm's
+        torch.default_generator.manual_seed(seed)  # timm's; torch.manual_seed would format a stack trace for CUDA
         try:
             yield
         finally:

@@ -10,7 +10,7 @@ from pathlib import Path
 from detectron2.data import DatasetCatalog
 
 from ...specs import ConfigError, DatasetSpec, nearest
-from . import coco, image_folder, semantic, voc
+from . import coco, image_folder, semantic, torchvision_sets, voc
 
 __all__ = ["dataset_root", "register_datasets"]
 
@@ -19,6 +19,7 @@ _FORMATS: Mapping[str, Callable[[DatasetSpec, Path], None]] = {
     "voc": voc.register,
     "sem_seg": semantic.register,
     "image_folder": image_folder.register,
+    "torchvision": torchvision_sets.register,
 }
 
 #: Names registered here, which may be registered again; those of Detectron2 or of the user may not.
