@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import detectron2
+import torch
 import yaml
 from detectron2.config import CfgNode, get_cfg
 
@@ -55,6 +56,12 @@ def add_xlearner_config(cfg: CfgNode) -> None:
     q.DISTANCE = "cosine_smooth_l1"
     # How the teacher's features are normalised: standardise (per channel, running), l2, phi_s, none.
     q.NORMALISER = "standardise"
+    # Whether the student learns from the sources' labels as well, through heads of its own that start as the teacher's.
+    q.TASK_LOSSES = False
+    # Whether a branch gives hints for the images of its own task's sources alone, instead of for all images.
+    q.OWN_IMAGES = False
+    # Factor on all hints, against the task losses.
+    q.HINT_WEIGHT = 1.0
     # Batches of the source mix, each of images of one size, over which the student's BN statistics are estimated at
     # the end; 0 keeps the running averages.
     q.BN_RECALIBRATION_BATCHES = 50
@@ -71,6 +78,23 @@ def add_xlearner_config(cfg: CfgNode) -> None:
     p.TASK = ""
 
     add_classifier_config(cfg)
+    add_transfer_config(cfg)
+
+
+def add_transfer_config(cfg: CfgNode) -> None:
+    """Add what a transfer suite needs to a Detectron2 config."""
+    cfg.TRANSFER = t = CfgNode()
+    # Name of the suite.
+    t.NAME = ""
+    # Ways to measure a backbone, by name; see transfer.suite.ProtocolSpec.
+    t.PROTOCOLS = CfgNode(new_allowed=True)
+    # Downstream sets, by name; see transfer.suite.SetSpec.
+    t.SETS = CfgNode(new_allowed=True)
+
+
+def usable_device(cfg: CfgNode) -> str:
+    """``MODEL.DEVICE``, but the CPU where Detectron2's default, a GPU of any number, meets a machine without one."""
+    return "cpu" if cfg.MODEL.DEVICE == "cuda" and not torch.cuda.is_available() else cfg.MODEL.DEVICE
 
 
 def add_classifier_config(cfg: CfgNode) -> None:
@@ -176,16 +200,25 @@ def _decode(key: str, text: Any) -> Any:
 def _merge_free_overrides(cfg: CfgNode, opts: Sequence[str]) -> list[str]:
     """Apply the pairs that may set new keys, and return the others, as yacs accepts only keys that exist already.
 
-    These are ``XLEARNER.{SOURCES,DATASETS}.name[.KEY]``, as a record may leave keys at their defaults, and
-    ``XLEARNER.SQUEEZE.SOLVER.KEY``.
+    These are ``XLEARNER.{SOURCES,DATASETS}.name[.KEY]`` and ``TRANSFER.{SETS,PROTOCOLS}.name[.KEY]``, as a record may
+    leave keys at their defaults, and ``XLEARNER.SQUEEZE.SOLVER.KEY``.
     """
     rest: list[str] = []
     for key, text in zip(opts[::2], opts[1::2], strict=True):
         match key.split("."):
-            case ["XLEARNER", "SOURCES" | "DATASETS" as kind, name]:
-                cfg.XLEARNER[kind][name] = _decode(key, text)
-            case ["XLEARNER", "SOURCES" | "DATASETS" as kind, name, inner]:
-                records = cfg.XLEARNER[kind]
+            case ["XLEARNER" as part, "SOURCES" | "DATASETS" as kind, name] | [
+                "TRANSFER" as part,
+                "SETS" | "PROTOCOLS" as kind,
+                name,
+            ]:
+                cfg[part][kind][name] = _decode(key, text)
+            case ["XLEARNER" as part, "SOURCES" | "DATASETS" as kind, name, inner] | [
+                "TRANSFER" as part,
+                "SETS" | "PROTOCOLS" as kind,
+                name,
+                inner,
+            ]:
+                records = cfg[part][kind]
                 if not isinstance(records.get(name), CfgNode):
                     raise ConfigError([f"{key}: there is no such record.{nearest(name, records)}"])
                 records[name][inner] = _decode(key, text)

@@ -260,7 +260,7 @@ def test_loss_does_not_depend_on_the_split_over_sources(
     make_distiller: MakeDistiller, make_batches: MakeBatches, training: bool
 ) -> None:
     images = [item for items in make_batches().values() for item in items]
-    splits = [{"pics": images}, {"pics": images[:2], "boxes": images[2:]}, {"a": images[:1], "b": images[1:]}]
+    splits = [{"pics": images}, {"pics": images[:2], "boxes": images[2:]}, {"boxes": images[:1], "areas": images[1:]}]
     losses = [copy.deepcopy(make_distiller().train(training))(split) for split in splits]
     assert equal(losses[0], losses[1])
     assert equal(losses[0], losses[2])
@@ -277,10 +277,10 @@ def test_images_of_one_size_go_together(make_distiller: MakeDistiller, make_batc
     batches["boxes"] = resized(batches["boxes"], 40, 70)  # padded to 64 x 96
     batches["areas"] = resized(batches["areas"], 60, 64)  # padded to the size of the others
     distiller = make_distiller().eval()
-    groups = distiller.image_groups(batches)
-    assert [tuple(group.shape) for group in groups] == [(4, 3, 64, 64), (2, 3, 64, 96)]
-    assert not groups[1][:, :, 40:].any()
-    assert not groups[1][:, :, :, 70:].any()
+    groups = distiller.teacher.image_groups(batches, together=True)
+    assert [tuple(group.images.shape) for group in groups] == [(4, 3, 64, 64), (2, 3, 64, 96)]
+    assert not groups[1].images[:, :, 40:].any()
+    assert not groups[1].images[:, :, :, 70:].any()
     alone, others = distiller({"boxes": batches.pop("boxes")}), distiller(batches)
     mixed = distiller({**batches, "boxes": resized([{}, {}], 40, 70)})
     for name, loss in mixed.items():

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from detectron2.config import CfgNode
 
-from ..config import SHARING, STAGES
+from ..config import SHARING, STAGES, usable_device
 from ..data.sources import SourceData, load_sources, register_sources
 from ..modeling.distill import DISTANCES, NORMALISERS
 from ..modeling.expanded import STAGES as RESNET_STAGES
@@ -165,8 +165,7 @@ def scale_to_workers(cfg: CfgNode, world_size: int) -> CfgNode:
     reference = cfg.SOLVER.REFERENCE_WORLD_SIZE
     cfg = cfg.clone()
     cfg.defrost()
-    if cfg.MODEL.DEVICE == "cuda" and not torch.cuda.is_available():
-        cfg.MODEL.DEVICE = "cpu"
+    cfg.MODEL.DEVICE = usable_device(cfg)
     if reference and reference != world_size:
         scale = world_size / reference
         cfg.SOLVER.BASE_LR *= scale

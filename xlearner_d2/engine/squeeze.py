@@ -22,7 +22,7 @@ from ..checkpoint.training import TrainingCheckpointer
 from ..data.loader import start_at
 from ..modeling import XLearner
 from ..modeling.distill import Distiller, matched_stages
-from ..modeling.expanded import build_branch
+from ..modeling.expanded import TRUNK, build_branch
 from .optimizer import make_optimizer
 from .plan import STUDENT_FILE, Plan, expanded_file, squeeze_config, student_config
 from .trainer import StepSeed, build_loader, build_step_trainer, common_hooks, resume, share_norm_statistics
@@ -117,26 +117,45 @@ def recalibrate(distiller: Distiller, loader: Iterable[Any], count: int) -> None
 
     def images() -> Iterator[Tensor]:
         for batches in loader:
-            yield from distiller.image_groups(batches)
+            yield from (group.images for group in distiller.teacher.image_groups(batches, together=True))
 
     with distiller.teacher.autocast():
         update_bn_stats(distiller.student, images(), count)
     distiller.train(training)
 
 
-def build_student(plan: Plan, teacher: XLearner) -> ResNet:
-    """A plain ResNet with the deepest stage that any branch has, started as ``XLEARNER.SQUEEZE.INIT`` says."""
+def build_learner(plan: Plan, teacher: XLearner, *, scope: str = "") -> XLearner:
+    """A model with one trunk, the student, and a head for each source, started as the teacher's where shapes allow.
+
+    Args:
+        scope: prefix of what its heads log.
+    """
     cfg = student_config(plan.cfg)
+    cfg.XLEARNER.SHARING = "shared"
+    learner = build_model(cfg)
+    learner.log_prefix = f"{scope}/" if scope else ""
+    for source, head in learner.heads.items():
+        own, taught = head.state_dict(), teacher.heads[source].state_dict()
+        fitting = {name: value for name, value in taught.items() if name in own and own[name].shape == value.shape}
+        head.load_state_dict(fitting, strict=False)
+    return learner
+
+
+def build_student(plan: Plan, teacher: XLearner) -> ResNet:
+    """A plain ResNet with the deepest stage that any branch has."""
     features = {stage for task in teacher.backbone.tasks for stage in teacher.backbone.output_shape(task)}
     dilation = max(task.res5_dilation for task in plan.tasks)
-    student = build_branch(cfg, out_features=sorted(features), res5_dilation=dilation)
-    start = cfg.XLEARNER.SQUEEZE.INIT
+    return build_branch(student_config(plan.cfg), out_features=sorted(features), res5_dilation=dilation)
+
+
+def initialise_student(student: ResNet, plan: Plan, teacher: XLearner) -> None:
+    """Start the student as ``XLEARNER.SQUEEZE.INIT`` says."""
+    start = plan.cfg.XLEARNER.SQUEEZE.INIT
     if start in teacher.backbone.tasks:
         branch = teacher.backbone.branches[teacher.backbone.branch_of[start]]
         load_strictly(student, branch.state_dict(), path=f"of branch {start} (XLEARNER.SQUEEZE.INIT)")
     elif start != "random":
         logger.info(f"Starting the student from {start}: {load_resnet(student, start)}.")
-    return student
 
 
 def build_squeeze_hook(
@@ -152,12 +171,18 @@ def build_squeeze_hook(
     cfg = squeeze_config(plan.cfg)
     cfg.SOLVER.MAX_ITER = max_iter
     squeeze = cfg.XLEARNER.SQUEEZE
+    learner = build_learner(plan, teacher, scope=scope) if squeeze.TASK_LOSSES else None
+    student = learner.backbone.branch(TRUNK) if learner else build_student(plan, teacher)
+    initialise_student(student, plan, teacher)
     distiller = Distiller(
-        student=build_student(plan, teacher),
+        student=student,
         teacher=teacher,
         stage_weights=matched_stages(squeeze.STAGES, squeeze.STAGE_WEIGHTS),
         normaliser=squeeze.NORMALISER,
         distance=squeeze.DISTANCE,
+        hint_weight=squeeze.HINT_WEIGHT,
+        own_images=squeeze.OWN_IMAGES,
+        learner=learner,
     )
     optimizer = make_optimizer(cfg, distiller)
     path = Path(cfg.OUTPUT_DIR) / STUDENT_FILE

@@ -1,5 +1,6 @@
 """Branches, reconciliation, heads and distillation; importing it registers them with Detectron2."""
 
+from . import linear_head  # noqa: F401  registers LinearSemSegHead
 from .classifier import ImageClassifier
 from .expanded import BranchView, ExpandedBackbone, build_expanded_backbone
 from .plug_in import ExpandedBranch

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from .expanded import inference_mode_norm
-from .xlearner import SourceBatches, XLearner
+from .xlearner import ImageGroup, SourceBatches, XLearner
 
 
 class Standardiser(nn.Module):
@@ -165,6 +165,10 @@ class Distiller(nn.Module):
         stage_weights: by stage, the weight of its hints.
         normaliser: a key of ``NORMALISERS``.
         distance: a key of ``DISTANCES``.
+        hint_weight: factor on all hints, against the task losses.
+        own_images: a branch gives hints for the images of its own task's sources alone, not for all.
+        learner: a model whose one trunk is the student, with heads that learn from the sources' labels as well; None
+            leaves labels out.
     """
 
     def __init__(
@@ -175,10 +179,17 @@ class Distiller(nn.Module):
         stage_weights: Mapping[str, float],
         normaliser: str = "standardise",
         distance: str = "cosine_smooth_l1",
+        hint_weight: float = 1.0,
+        own_images: bool = False,
+        learner: XLearner | None = None,
     ):
         super().__init__()
         self.student = student
+        self.heads = nn.ModuleDict() if learner is None else learner.heads
+        self._learner = (learner,)
         self._teacher = (teacher,)  # a tuple hides it from nn.Module's registration
+        self.hint_weight = hint_weight
+        self.own_images = own_images
         self.stage_weights = dict(stage_weights)
         self.distance = DISTANCES[distance]
         shapes = {task: teacher.backbone.output_shape(task) for task in teacher.backbone.tasks}
@@ -206,48 +217,63 @@ class Distiller(nn.Module):
         return nn.Conv2d(own.channels, shape.channels, kernel_size=1)
 
     @property
+    def learner(self) -> XLearner | None:
+        return self._learner[0]
+
+    @property
     def teacher(self) -> XLearner:
         return self._teacher[0]
 
     def forward(self, batches: SourceBatches) -> dict[str, Tensor]:
-        """``{"loss_hint_<task>": scalar}``, averaged over all images of the step."""
+        """``{"loss_hint_<task>": scalar}``, averaged over the step's images, and in training the task heads' losses."""
         with self.teacher.autocast():
             losses: dict[str, list[Tensor]] = {f"loss_hint_{task}": [] for task in self.projectors}
-            groups = self.image_groups(batches)
-            total = sum(len(images) for images in groups)
-            for images in groups:
-                for task, loss in self._hint_losses(images).items():
-                    losses[f"loss_hint_{task}"].append(loss * (len(images) / total))
-            return {name: torch.stack(parts).sum() for name, parts in losses.items()}
+            task_losses: dict[str, Tensor] = {}
+            # Together, because the student's batch statistics should be those of the mix it will be used on.
+            groups = self.teacher.image_groups(batches, together=True)
+            total = sum(len(group.images) for group in groups)
+            for group in groups:
+                features = self.student(group.images.contiguous(memory_format=self.teacher.backbone.memory_format))
+                for task, loss in self._hint_losses(group, features).items():
+                    losses[f"loss_hint_{task}"].append(loss / total)
+                if self.learner is not None and self.training:
+                    task_losses |= self.learner.head_losses(batches, group, features)
+            hints = {name: self.hint_weight * torch.stack(parts).sum() for name, parts in losses.items()}
+            ordered = {name: task_losses[name] for source in batches for name in task_losses if _of(name, source)}
+            return hints | ordered
 
-    def image_groups(self, batches: SourceBatches) -> list[Tensor]:
-        """Normalised images of all sources, those of one size together.
-
-        Together, because the student's batch statistics should be those of the mix it will be used on.
-        """
-        by_size: dict[torch.Size, list[Tensor]] = {}
-        for inputs in batches.values():
-            images = self.teacher.preprocess(inputs)
-            by_size.setdefault(images.shape[1:], []).append(images)
-        return [torch.cat(images) for images in by_size.values()]
-
-    def _hint_losses(self, images: Tensor) -> dict[str, Tensor]:
-        with torch.no_grad(), inference_mode_norm(self.teacher.backbone):
-            targets = self.teacher.backbone.forward_all(images)
-        features = self.student(images.contiguous(memory_format=self.teacher.backbone.memory_format))
-        losses = {}
-        for task, projectors in self.projectors.items():
-            parts = []
-            normalisers = cast(nn.ModuleDict, self.normalisers[task])
-            for stage, projector in cast(nn.ModuleDict, projectors).items():
-                target = targets[task][stage].float()
-                normaliser = cast(Normaliser, normalisers[stage])
-                if self.training:
-                    normaliser.update(target)
-                hint = projector(features[stage]).float()
-                parts.append(self.stage_weights[stage] * self.distance(hint, normaliser(target)))
-            losses[task] = torch.stack(parts).sum()
+    def _hint_losses(self, group: ImageGroup, features: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """By task, the sum over the images of a group of each one's hint loss."""
+        if not self.own_images:
+            with torch.no_grad(), inference_mode_norm(self.teacher.backbone):
+                targets = self.teacher.backbone.forward_all(group.images)
+            count = len(group.images)
+            return {task: count * self._hint_loss(task, features, targets[task]) for task in self.projectors}
+        losses = {task: features["res5"].new_zeros((), dtype=torch.float32) for task in self.projectors}
+        for source, rows in group.rows.items():
+            task = self.teacher.task_of[source]
+            with torch.no_grad(), inference_mode_norm(self.teacher.backbone):
+                target = self.teacher.backbone(group.images[rows], task)
+            own = {stage: feature[rows] for stage, feature in features.items()}
+            losses[task] = losses[task] + (rows.stop - rows.start) * self._hint_loss(task, own, target)
         return losses
+
+    def _hint_loss(self, task: str, features: Mapping[str, Tensor], targets: Mapping[str, Tensor]) -> Tensor:
+        """Mean over the images of the distance to one branch's features, summed over the stages."""
+        parts = []
+        normalisers = cast(nn.ModuleDict, self.normalisers[task])
+        for stage, projector in cast(nn.ModuleDict, self.projectors[task]).items():
+            target = targets[stage].float()
+            normaliser = cast(Normaliser, normalisers[stage])
+            if self.training:
+                normaliser.update(target)
+            hint = projector(features[stage]).float()
+            parts.append(self.stage_weights[stage] * self.distance(hint, normaliser(target)))
+        return torch.stack(parts).sum()
+
+
+def _of(name: str, source: str) -> bool:
+    return name.startswith(f"{source}/")
 
 
 def matched_stages(stages: Sequence[str], weights: Sequence[float]) -> dict[str, float]:

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import cast
 
 import torch
@@ -42,6 +43,17 @@ def _truncate(branch: ResNet, deepest: str) -> None:
     branch._out_features = [name for name in branch._out_features if name <= deepest]
 
 
+@dataclass(frozen=True)
+class _Given:
+    """Features that were computed for these images already."""
+
+    images: Tensor
+    features: dict[str, Tensor]
+
+    def fit(self, images: Tensor) -> bool:
+        return images.shape == self.images.shape and torch.equal(images, self.images)
+
+
 class ExpandedBackbone(nn.Module):
     """Branches by task, and what each receives from the others.
 
@@ -73,6 +85,7 @@ class ExpandedBackbone(nn.Module):
         self.detach = detach
         self.memory_format = torch.channels_last if channels_last else torch.contiguous_format
         self.to(memory_format=self.memory_format)
+        self._given: _Given | None = None
 
     @property
     def tasks(self) -> tuple[str, ...]:
@@ -92,17 +105,35 @@ class ExpandedBackbone(nn.Module):
 
     def forward(self, images: Tensor, task: str) -> dict[str, Tensor]:
         """Features of normalised images (N, 3, H, W) from the task's branch, by stage, stride as in output_shape."""
+        if self._given is not None and self._given.fit(images):
+            return self._given.features
         images = images.contiguous(memory_format=self.memory_format)
         name = self.branch_of[task]
         return self._main(name, images, self._auxiliary(images, self._sources_of(name)))
 
     def forward_all(self, images: Tensor) -> dict[str, dict[str, Tensor]]:
-        """Features of the same images from every task's branch; what the branches send is computed once."""
+        """Features of the same images from every task's branch, with running BN statistics.
+
+        What the branches send is computed once, and so is each branch's first stage, as nothing is received before it.
+        """
         images = images.contiguous(memory_format=self.memory_format)
         needed = {source: deepest for name in self.branches for source, deepest in self._sources_of(name).items()}
-        aux = self._auxiliary(images, needed)
-        features = {name: self._main(name, images, aux) for name in self.branches}
+        with inference_mode_norm(self):
+            aux = self._auxiliary(images, needed)
+            features = {name: self._main(name, images, aux) for name in self.branches}
         return {task: features[name] for task, name in self.branch_of.items()}
+
+    @contextmanager
+    def given(self, images: Tensor, features: dict[str, Tensor]) -> Iterator[None]:
+        """Answer with these features of ``images``, as they were computed for several sources at once.
+
+        Those of other images are computed: a head may change what it is given, as mixup does.
+        """
+        self._given = _Given(images, features)
+        try:
+            yield
+        finally:
+            self._given = None
 
     def only(self, task: str, *, deepest: str) -> "ExpandedBackbone":
         """Drop what a task's stages up to ``deepest`` do not need, and the gradient of what only informs them."""
@@ -147,9 +178,10 @@ class ExpandedBackbone(nn.Module):
         if reconcile is None:
             return branch(images)
         outputs: dict[str, Tensor] = {}
-        x = branch.stem(images)
+        first = branch.stage_names[0]
+        x = aux[name][first] if name in aux else getattr(branch, first)(branch.stem(images))
         for stage in branch.stage_names:
-            x = getattr(branch, stage)(x)
+            x = x if stage == first else getattr(branch, stage)(x)
             x = reconcile(x, stage, aux)
             if stage in branch._out_features:
                 outputs[stage] = x

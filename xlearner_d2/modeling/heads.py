@@ -63,17 +63,18 @@ def find_config(name: str) -> str:
         raise ConfigError([f"there is neither {places}."]) from error
 
 
-def head_config(source: SourceSpec, cfg: CfgNode) -> CfgNode:
+def head_config(source: SourceSpec, cfg: CfgNode, *, where: str = "") -> CfgNode:
     """The Detectron2 config of one source's head, fitted to the project's branches and to the source's classes.
 
     Args:
         source: its TRAIN data sets must be registered.
         cfg: the project's config; decides the branches, the input normalisation and the device.
+        where: the setting that describes the source, for messages; that in ``XLEARNER.SOURCES`` unless given.
 
     Raises:
         ConfigError: when the config cannot be found or read, or the data set lacks what the head needs.
     """
-    where = f"XLEARNER.SOURCES.{source.name}"
+    where = where or f"XLEARNER.SOURCES.{source.name}"
     try:
         path = find_config(source.config)
         check_config_file(path)
@@ -84,7 +85,7 @@ def head_config(source: SourceSpec, cfg: CfgNode) -> CfgNode:
     try:
         head.merge_from_file(path, allow_unsafe=True)  # checked above
         _follow(head, cfg)
-        _set_classes(head, MetadataCatalog.get(source.train[0]), source)
+        _set_classes(head, MetadataCatalog.get(source.train[0]), source, where)
         head.merge_from_list(list(source.opts))
     except (KeyError, ValueError, AssertionError, yaml.YAMLError) as error:
         problems = error.problems if isinstance(error, ConfigError) else [f"{where} ({source.config}): {error}"]
@@ -103,12 +104,12 @@ def _follow(head: CfgNode, cfg: CfgNode) -> None:
     head.MODEL.DEVICE = cfg.MODEL.DEVICE
 
 
-def _set_classes(head: CfgNode, metadata: Metadata, source: SourceSpec) -> None:
+def _set_classes(head: CfgNode, metadata: Metadata, source: SourceSpec, where: str) -> None:
     for name in NEEDED_CLASSES.get(head.MODEL.META_ARCHITECTURE, ()):
         if name not in metadata.as_dict():
             lack = f"the data set {source.train[0]!r} has no {name}"
             wish = f"which {head.MODEL.META_ARCHITECTURE} learns from (CONFIG {source.config})"
-            raise ConfigError([f"XLEARNER.SOURCES.{source.name}: {lack}, {wish}."])
+            raise ConfigError([f"{where}: {lack}, {wish}."])
     for name, settings in CLASS_COUNTS.items():
         if name in metadata.as_dict():
             head.merge_from_list([item for key in settings for item in (key, len(metadata.get(name)))])
@@ -144,7 +145,7 @@ def _reads_res5(head: CfgNode) -> bool:
     return "res5" in head.MODEL.RESNETS.OUT_FEATURES
 
 
-def _find_resnet(model: nn.Module, source: SourceSpec) -> tuple[nn.Module, str, ResNet]:
+def find_resnet(model: nn.Module, source: SourceSpec) -> tuple[nn.Module, str, ResNet]:
     """(parent, attribute, ResNet) of the one ResNet of a head's model."""
     found = [
         (parent, name, child)
@@ -186,7 +187,7 @@ def build_head(source: SourceSpec, head: CfgNode, backbone: ExpandedBackbone) ->
     except (AssertionError, KeyError, ValueError, ImportError) as error:
         message = f"XLEARNER.SOURCES.{source.name}: the model of {source.config} cannot be built: {error!r}"
         raise ConfigError([message]) from error
-    parent, attribute, resnet = _find_resnet(model, source)
+    parent, attribute, resnet = find_resnet(model, source)
     features = list(resnet.output_shape())
     missing = [name for name in features if name not in backbone.output_shape(source.task)]
     if missing:

@@ -19,7 +19,7 @@ from torch import Tensor
 from ..checkpoint.load import load_strictly, read_checkpoint
 from ..config import add_xlearner_config
 from ..specs import ConfigError, TaskSpec, nearest
-from .expanded import ExpandedBackbone, build_expanded_backbone
+from .expanded import STAGES, ExpandedBackbone, build_expanded_backbone
 
 
 class ExpandedBranch(Backbone):
@@ -48,6 +48,19 @@ class ExpandedBranch(Backbone):
         """Features of normalised images (N, 3, H, W), by stage."""
         features = self.backbone(x, self.task)
         return {name: features[name] for name in self._out_features}
+
+    def freeze(self, freeze_at: int) -> "ExpandedBranch":
+        """As ``ResNet.freeze``: 1 freezes the stem, 5 everything up to res5, with what other branches send there."""
+        own = self.backbone.branch_of[self.task]
+        self.backbone.branch(own).freeze(freeze_at)
+        reconcile = self.backbone.incoming(own)
+        if reconcile is not None:
+            for stage in STAGES[: max(freeze_at - 1, 0)]:
+                reconcile.freeze(stage)
+        if freeze_at > len(STAGES):  # all is frozen that listens, so nothing trains the auxiliary branches either
+            self.requires_grad_(False)
+            FrozenBatchNorm2d.convert_frozen_batchnorm(self)
+        return self
 
 
 def load_expanded_backbone(path: str) -> ExpandedBackbone:
@@ -79,6 +92,18 @@ def _tuples(record: dict[str, Any]) -> dict[str, Any]:
     return {key: tuple(value) if isinstance(value, list) else value for key, value in record.items()}
 
 
+def expanded_branch(path: str, task: str, *, out_features: Sequence[str]) -> ExpandedBranch:
+    """The branch of ``task`` from an expanded checkpoint.
+
+    Raises:
+        ConfigError: when the file is no expanded checkpoint, or has no such task or features.
+    """
+    backbone = load_expanded_backbone(path)
+    if task not in backbone.tasks:
+        raise ConfigError([f"{task!r} is no task of {path}.{nearest(task, backbone.tasks)}"])
+    return ExpandedBranch(backbone=backbone, task=task, out_features=out_features)
+
+
 @BACKBONE_REGISTRY.register()
 def build_xlearner_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> ExpandedBranch:
     """The branch ``XLEARNER.PLUG_IN.TASK`` of ``XLEARNER.PLUG_IN.WEIGHTS``, where a plain ResNet would stand.
@@ -86,12 +111,8 @@ def build_xlearner_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> ExpandedBra
     ``MODEL.RESNETS.OUT_FEATURES``, ``MODEL.BACKBONE.FREEZE_AT`` and a frozen ``MODEL.RESNETS.NORM`` are honoured.
     """
     options = cfg.XLEARNER.PLUG_IN
-    backbone = load_expanded_backbone(options.WEIGHTS)
-    if options.TASK not in backbone.tasks:
-        hint = nearest(options.TASK, backbone.tasks)
-        raise ConfigError([f"XLEARNER.PLUG_IN.TASK is {options.TASK!r}, no task of {options.WEIGHTS}.{hint}"])
-    branch = ExpandedBranch(backbone=backbone, task=options.TASK, out_features=cfg.MODEL.RESNETS.OUT_FEATURES)
-    backbone.branch(backbone.branch_of[options.TASK]).freeze(cfg.MODEL.BACKBONE.FREEZE_AT)
+    branch = expanded_branch(options.WEIGHTS, options.TASK, out_features=cfg.MODEL.RESNETS.OUT_FEATURES)
+    branch.freeze(cfg.MODEL.BACKBONE.FREEZE_AT)
     if cfg.MODEL.RESNETS.NORM == "FrozenBN":
         FrozenBatchNorm2d.convert_frozen_batchnorm(branch)
     return branch

@@ -10,7 +10,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import cast
 
-from detectron2.layers import Conv2d, ShapeSpec, get_norm
+from detectron2.layers import Conv2d, FrozenBatchNorm2d, ShapeSpec, get_norm
 from fvcore.nn import weight_init
 from torch import Tensor, nn
 
@@ -106,6 +106,12 @@ class Reconciliation(nn.Module):
         for _, layers in self._by_branch():
             for key in [key for key in layers if key.split("_to_")[1] > deepest]:
                 del layers[key]
+
+    def freeze(self, stage: str) -> None:
+        """Stop training the layers that lead into ``stage``."""
+        for _, _, layer in self._into(stage):
+            layer.requires_grad_(False)
+            FrozenBatchNorm2d.convert_frozen_batchnorm(layer)
 
     def forward(self, features: Tensor, stage: str, aux: Mapping[str, Features]) -> Tensor:
         """Add to ``features`` (N, C, H, W), the output of ``stage``, what the auxiliary branches have to say.

@@ -1,12 +1,13 @@
 """The meta-architecture: an expanded backbone and one head per source."""
 
 from collections.abc import Mapping, Sequence
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from detectron2.config import CfgNode, configurable
-from detectron2.modeling import META_ARCH_REGISTRY
+from detectron2.modeling import META_ARCH_REGISTRY, Backbone
 from detectron2.structures import ImageList
 from detectron2.utils.events import get_event_storage, has_event_storage
 from torch import Tensor, nn
@@ -19,6 +20,33 @@ from .heads import build_head, derive_tasks, head_config
 SourceBatches = Mapping[str, list[dict[str, Any]]]
 
 
+@dataclass(frozen=True, kw_only=True)
+class ImageGroup:
+    """Images that go through a branch together.
+
+    Attributes:
+        images: normalised, (N, 3, H, W) float32.
+        rows: by source, which of them are its own.
+    """
+
+    images: Tensor
+    rows: Mapping[str, slice]
+
+    @classmethod
+    def join(cls, images: Mapping[str, Tensor]) -> "ImageGroup":
+        """From the images of each source, all of one size."""
+        rows, start = {}, 0
+        for source, of in images.items():
+            rows[source] = slice(start, start + len(of))
+            start += len(of)
+        return cls(images=torch.cat(list(images.values())), rows=rows)
+
+
+def _log_scope(name: str) -> AbstractContextManager[Any]:
+    """Heads log diagnostics of their own, such as accuracies: under the name of their source."""
+    return get_event_storage().name_scope(name) if has_event_storage() else nullcontext()
+
+
 @META_ARCH_REGISTRY.register()
 class XLearner(nn.Module):
     """Train every source's head and branch in one step; each head alone is an ordinary Detectron2 model.
@@ -29,6 +57,9 @@ class XLearner(nn.Module):
         sources: name, task and loss weight of each.
         pixel_mean, pixel_std: per-channel normalisation, one for all sources.
         autocast_dtype: precision of forward passes where the trainer does not set one (CPUs); None: as given.
+
+    Attributes:
+        log_prefix: before the name of a source, in what its head logs.
     """
 
     pixel_mean: Tensor
@@ -53,6 +84,7 @@ class XLearner(nn.Module):
         self.task_of = {source.name: source.task for source in sources}
         self.loss_weights = {source.name: source.loss_weight for source in sources}
         self.autocast_dtype = autocast_dtype
+        self.log_prefix = ""
         self.register_buffer("pixel_mean", torch.tensor(pixel_mean).view(-1, 1, 1), persistent=False)
         self.register_buffer("pixel_std", torch.tensor(pixel_std).view(-1, 1, 1), persistent=False)
 
@@ -95,11 +127,13 @@ class XLearner(nn.Module):
         with self.autocast():
             if not self.training:
                 return {source: self.heads[source](inputs) for source, inputs in batches.items()}
-            losses = {}
-            for source, inputs in batches.items():
-                for name, loss in self._head_losses(source, inputs).items():
-                    losses[f"{source}/{name}"] = self.loss_weights[source] * loss
-            return losses
+            losses: dict[str, Tensor] = {}
+            for group in self.image_groups({s: inputs for s, inputs in batches.items() if not self._mixes(s)}):
+                features = self.backbone(group.images, self.task_of[next(iter(group.rows))])
+                losses |= self.head_losses(batches, group, features)
+            for source in filter(self._mixes, batches):
+                losses |= self._losses(source, batches[source])
+            return {name: losses[name] for source in batches for name in losses if name.startswith(f"{source}/")}
 
     def autocast(self) -> torch.autocast | nullcontext[None]:
         """The precision this model runs in, for callers that use its parts."""
@@ -107,15 +141,53 @@ class XLearner(nn.Module):
             return nullcontext()
         return torch.autocast(self.device.type, self.autocast_dtype)
 
-    def _head_losses(self, source: str, inputs: list[dict[str, Any]]) -> dict[str, Tensor]:
-        scope = get_event_storage().name_scope(source) if has_event_storage() else nullcontext()
-        with scope:  # heads log diagnostics of their own, such as accuracies
-            return self.heads[source](inputs)
+    def image_groups(self, batches: SourceBatches, *, together: bool = False) -> list["ImageGroup"]:
+        """Normalised images of the sources that go through one branch, those of one size together.
 
-    def preprocess(self, inputs: list[dict[str, Any]]) -> Tensor:
-        """Normalised images of one source, padded to one size that every stride divides: (N, 3, H, W) float32."""
+        Together, because a branch's batch statistics should be those of the mix it is used on, as its running ones are.
+
+        Args:
+            together: all sources, whatever their branch.
+        """
+        members: dict[Any, dict[str, Tensor]] = {}
+        for source, inputs in batches.items():
+            images = self.preprocess(source, inputs)
+            branch = None if together else self.backbone.branch_of[self.task_of[source]]
+            members.setdefault((branch, images.shape[1:]), {})[source] = images
+        return [ImageGroup.join(images) for images in members.values()]
+
+    def head_losses(
+        self, batches: SourceBatches, group: "ImageGroup", features: Mapping[str, Tensor]
+    ) -> dict[str, Tensor]:
+        """Weighted losses ``{source/loss_x: scalar}`` of the sources in a group.
+
+        Args:
+            features: of the group's images, by stage.
+        """
+        losses: dict[str, Tensor] = {}
+        for source, rows in group.rows.items():
+            own = {stage: feature[rows] for stage, feature in features.items()}
+            with self.backbone.given(group.images[rows], own):
+                losses |= self._losses(source, batches[source])
+        return losses
+
+    def _losses(self, source: str, inputs: list[dict[str, Any]]) -> dict[str, Tensor]:
+        with _log_scope(self.log_prefix + source):
+            found = self.heads[source](inputs)
+        return {f"{source}/{name}": self.loss_weights[source] * loss for name, loss in found.items()}
+
+    def _mixes(self, source: str) -> bool:
+        """Whether a head changes its images in training, so that features of the unchanged ones are of no use to it."""
+        return getattr(self.heads[source], "mixup", None) is not None
+
+    def preprocess(self, source: str, inputs: list[dict[str, Any]]) -> Tensor:
+        """Normalised images of one source, padded to one size as its head pads them: (N, 3, H, W) float32."""
         images = [(x["image"].to(self.device) - self.pixel_mean) / self.pixel_std for x in inputs]
-        return ImageList.from_tensors(images, size_divisibility=32).tensor
+        backbone = getattr(self.heads[source], "backbone", None)
+        if not isinstance(backbone, Backbone):  # of a meta-architecture that keeps it elsewhere
+            return ImageList.from_tensors(images, size_divisibility=32).tensor
+        constraints = backbone.padding_constraints
+        return ImageList.from_tensors(images, backbone.size_divisibility, padding_constraints=constraints).tensor
 
 
 def cpu_autocast_dtype(cfg: CfgNode) -> torch.dtype | None:
