@@ -1,0 +1,334 @@
+"""What a cell does with a backbone: train or not, on which images, and what comes out."""
+
+import math
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from detectron2.config import get_cfg
+from detectron2.modeling import Backbone, build_model
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tiny_suite import TinySuite, fine_tune, one_set
+from torch import Tensor
+
+from xlearner_d2 import add_xlearner_config
+from xlearner_d2.evaluation.probe import extract_features, linear_probe
+from xlearner_d2.specs import ConfigError
+from xlearner_d2.transfer import protocols
+from xlearner_d2.transfer.backbones import BackboneSpec, load_backbone
+from xlearner_d2.transfer.suite import Suite
+
+HEADS = "configs/transfer/heads"
+FREE = ("MODEL.BACKBONE.FREEZE_AT", 0)
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> TinySuite:
+    """With free and frozen protocols for every family, and checkpoints."""
+    suite = TinySuite(tmp_path_factory.mktemp("protocols"))
+    suite.student()
+    suite.expanded()
+    found = suite.content["TRANSFER"]["PROTOCOLS"]
+    found["tuned_free"] = fine_tune("classification/top1", "configs/heads/classifier.yaml", *FREE)
+    found["dense_free"] = fine_tune("bbox/AP", f"{HEADS}/retinanet.yaml", *FREE)
+    found["linear_free"] = fine_tune("sem_seg/mIoU", f"{HEADS}/linear_segmentation.yaml", *FREE)
+    found["dense_half"] = fine_tune("bbox/AP", f"{HEADS}/retinanet.yaml", TRAIN_SHARE=0.5)
+    found["dense_typo"] = fine_tune("bbox/APX", f"{HEADS}/retinanet.yaml")
+    found["diverging"] = fine_tune("sem_seg/mIoU", f"{HEADS}/linear_segmentation.yaml", "SOLVER.BASE_LR", 1e38)
+    found["diverging"]["OPTS"] += ["SOLVER.CLIP_GRADIENTS.ENABLED", False, "SOLVER.MAX_ITER", 3]
+    found["pixels"] = fine_tune("sem_seg/mACC", f"{HEADS}/linear_segmentation.yaml")
+    suite.content["TRANSFER"]["SETS"] = {
+        "pics": one_set("classification", "s_pics", "probe", "knn", "few", "tuned_free"),
+        "boxes": one_set("detection", "s_boxes", "dense", "dense_free", "dense_half", "dense_typo"),
+        "areas": one_set("segmentation", "s_areas", "linear", "linear_free", "diverging", "pixels"),
+    }
+    suite.write()
+    return suite
+
+
+@pytest.fixture(scope="module")
+def suite(tiny: TinySuite) -> Suite:
+    return tiny.parse()
+
+
+def backbone(tiny: TinySuite, name: str) -> BackboneSpec:
+    """ "student", "branch" or "random"."""
+    paths = {"student": tiny.root / "student.pth", "branch": tiny.root / "expanded.pth", "random": "random"}
+    return BackboneSpec(name=name, path=str(paths[name]), task="objects" if name == "branch" else "")
+
+
+def run(
+    suite: Suite, protocol: str, of: BackboneSpec, *, seed: int = 0, cache: Path = Path("unused")
+) -> tuple[float, dict[str, Any]]:
+    spec = next(spec for spec in suite.sets.values() if protocol in spec.protocols)
+    return protocols.run_protocol(suite, spec, suite.protocols[protocol], of, seed=seed, cache=cache)
+
+
+class Spy:
+    """Keeps the backbone that a cell loads, its state at that time, and the number of images it is given."""
+
+    network: Backbone
+    before: dict[str, Tensor]
+    num_images = 0
+
+    def load(self, *args: Any, **kwargs: Any) -> Backbone:
+        self.network = load_backbone(*args, **kwargs)
+        self.before = self.state()
+        self.network.register_forward_pre_hook(self._count)
+        return self.network
+
+    def _count(self, network: Backbone, args: tuple[Tensor]) -> None:
+        self.num_images += len(args[0])
+
+    def state(self) -> dict[str, Tensor]:
+        return {name: value.clone() for name, value in self.network.state_dict().items()}
+
+    def moved(self) -> set[str]:
+        after = self.state()
+        assert after.keys() == self.before.keys()
+        return {name for name, value in after.items() if not torch.equal(value, self.before[name])}
+
+
+@pytest.fixture
+def spy(monkeypatch: pytest.MonkeyPatch) -> Iterator[Spy]:
+    found = Spy()
+    monkeypatch.setattr(protocols, "load_backbone", found.load)
+    return found
+
+
+# Fine-tuning
+
+
+@pytest.mark.parametrize("name", ["student", "branch", "random"])
+@pytest.mark.parametrize("protocol", ["dense", "linear"])
+def test_a_frozen_backbone_stays_bit_for_bit(tiny: TinySuite, suite: Suite, spy: Spy, protocol: str, name: str) -> None:
+    value, details = run(suite, protocol, backbone(tiny, name))
+    assert spy.moved() == set()
+    assert not spy.network.training
+    assert not any(parameter.requires_grad for parameter in spy.network.parameters())
+    assert 0 <= value <= 100
+    assert len(details["losses"]) == 2
+    assert details["losses"][0] != details["losses"][1]  # the head has learnt
+
+
+@pytest.mark.parametrize("name", ["student", "branch"])
+@pytest.mark.parametrize("protocol", ["tuned_free", "dense_free", "linear_free"])
+def test_a_free_backbone_moves(tiny: TinySuite, suite: Suite, spy: Spy, protocol: str, name: str) -> None:
+    run(suite, protocol, backbone(tiny, name))
+    moved = spy.moved()
+    own = "backbone.branches.objects." if name == "branch" else ""
+    for part in ("stem.conv1.weight", "stem.conv1.norm.running_mean", "res4.0.conv1.weight"):
+        assert own + part in moved
+    others = {text for text in moved if name == "branch" and not text.startswith(own)}
+    assert {text.split(".")[1] for text in others} <= {"reconciliation"}
+    assert bool(others) == (name == "branch")
+
+
+def test_features_of_a_frozen_backbone_are_computed_once(tiny: TinySuite, suite: Suite, spy: Spy) -> None:
+    """Two steps of four out of eight images, and eight test images that are the same."""
+    run(suite, "dense", backbone(tiny, "student"))
+    assert spy.num_images == 8
+
+
+@pytest.mark.parametrize("protocol", ["dense", "linear_free", "tuned_free"])
+def test_a_seed_decides_everything(tiny: TinySuite, suite: Suite, protocol: str) -> None:
+    first, second = (run(suite, protocol, backbone(tiny, "student"), seed=3) for _ in range(2))
+    assert repr(first) == repr(second)  # NaN is unequal to itself
+    assert run(suite, protocol, backbone(tiny, "student"), seed=4)[1]["losses"] != first[1]["losses"]
+
+
+def test_what_was_measured_before_does_not_matter(tiny: TinySuite, suite: Suite) -> None:
+    alone = run(suite, "linear", backbone(tiny, "student"))
+    run(suite, "tuned_free", backbone(tiny, "random"))
+    torch.rand(7)
+    assert run(suite, "linear", backbone(tiny, "student")) == alone
+
+
+def test_details_tell_what_evaluation_gave(tiny: TinySuite, suite: Suite) -> None:
+    value, details = run(suite, "dense", backbone(tiny, "random"))
+    assert details["num_train"] == 8
+    assert {"bbox/AP", "bbox/AP50", "bbox/APl"} <= details.keys()
+    assert details["bbox/AP"] == value
+    assert not [name for name in details if "cat" in name]
+
+
+def test_only_the_share_is_trained_on(tiny: TinySuite, suite: Suite, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[int] = []
+    draw = protocols.Mapped.draw
+
+    def note(self: protocols.Mapped, index: int, *, seed: int) -> dict[str, Any]:
+        seen.append(index)
+        return draw(self, index, seed=seed)
+
+    monkeypatch.setattr(protocols.Mapped, "draw", note)
+    _, details = run(suite, "dense_half", backbone(tiny, "student"), seed=1)
+    trained = seen[:8]  # two steps of four; then the eight test images
+    assert details["num_train"] == 4
+    assert sorted(trained) == sorted(2 * protocols._share(8, 0.5, seed=1))
+    assert sorted(seen[8:]) == list(range(8))
+
+
+@settings(deadline=None)
+@given(st.integers(1, 60), st.floats(0.001, 1), st.integers(0, 5))
+def test_share_is_a_random_part(size: int, share: float, seed: int) -> None:
+    chosen = protocols._share(size, share, seed=seed)
+    assert len(chosen) == max(1, round(size * share))
+    assert sorted({*chosen}) == chosen
+    assert 0 <= chosen[0] <= chosen[-1] < size
+    assert chosen == protocols._share(size, share, seed=seed)
+
+
+def test_shares_of_one_seed_are_nested() -> None:
+    """So that a curve over shares is one of more data, not of other data."""
+    small, large = ({*protocols._share(100, share, seed=2)} for share in (0.1, 0.5))
+    assert small < large
+
+
+def test_a_metric_that_evaluation_lacks_is_an_error(tiny: TinySuite, suite: Suite) -> None:
+    with pytest.raises(ConfigError, match=r"PROTOCOLS\.dense_typo\.METRIC is 'bbox/APX'\. Did you mean 'bbox/AP"):
+        run(suite, "dense_typo", backbone(tiny, "random"))
+
+
+def test_a_training_that_diverges_is_an_error(tiny: TinySuite, suite: Suite) -> None:
+    with pytest.raises(FloatingPointError, match="Loss became infinite or NaN"):
+        run(suite, "diverging", backbone(tiny, "random"))
+
+
+# The config of a head
+
+
+@pytest.mark.parametrize("protocol", ["tuned_free", "dense", "linear"])
+def test_a_dumped_config_is_an_ordinary_one(tiny: TinySuite, suite: Suite, protocol: str) -> None:
+    """A user may train it by hand, with the classes, the data and the architecture of the cell."""
+    spec = next(spec for spec in suite.sets.values() if protocol in spec.protocols)
+    found = protocols.fine_tune_config(suite, spec, suite.protocols[protocol])
+    path = tiny.root / "dumped.yaml"
+    path.write_text(found.dump())
+    cfg = get_cfg()
+    add_xlearner_config(cfg)
+    cfg.merge_from_file(str(path))
+    kept = yaml.safe_load(cfg.dump())
+    del kept["XLEARNER"], kept["TRANSFER"], kept["SOLVER"]["OPTIMIZER"]
+    assert kept == yaml.safe_load(found.dump())
+    assert tuple(kept["DATASETS"]["TRAIN"]) == spec.train
+    assert kept["SOLVER"]["MAX_ITER"] == 2
+    resnet = build_model(cfg).state_dict()
+    assert next(value for name, value in resnet.items() if name.endswith("stem.conv1.weight")).shape[0] == 8
+
+
+def test_a_head_that_learns_something_else_is_refused(tiny: TinySuite) -> None:
+    suite = tiny.parse("TRANSFER.SETS.boxes.TRAIN", "[s_areas]")
+    where = r"TRANSFER\.SETS\.boxes with TRANSFER\.PROTOCOLS\.dense"
+    with pytest.raises(ConfigError, match=rf"{where}: the data set 's_areas' has no thing_classes"):
+        run(suite, "dense", backbone(tiny, "random"))
+
+
+# Augmentation
+
+
+@pytest.mark.parametrize(
+    ("opts", "expected"),
+    [
+        ((), True),
+        (("INPUT.RANDOM_FLIP", "horizontal"), False),
+        (("INPUT.MIN_SIZE_TRAIN", [48, 64]), False),
+        (("INPUT.CROP.ENABLED", True), False),
+    ],
+)
+def test_only_what_is_always_the_same_is_kept(tiny: TinySuite, opts: tuple[Any, ...], expected: bool) -> None:
+    record = fine_tune("sem_seg/mIoU", f"{HEADS}/linear_segmentation.yaml", *opts)
+    suite = tiny.parse("TRANSFER.PROTOCOLS.linear", record)
+    spec, protocol = suite.sets["areas"], suite.protocols["linear"]
+    train, test = protocols.read_mapped(suite, spec, protocol)
+    drawn = [train.draw(0, seed=seed)["image"] for seed in (1, 1, *range(2, 8))]
+    assert torch.equal(drawn[0], drawn[1])
+    assert all(image is drawn[0] for image in drawn) == expected
+    assert test[0]["image"] is test[0]["image"]
+    assert protocols.read_mapped(suite, spec, protocol)[0] is train
+    other = tiny.parse("TRANSFER.PROTOCOLS.linear", record, "XLEARNER.DATASETS.s_areas.IGNORE_VALUE", 254)
+    assert protocols.read_mapped(other, other.sets["areas"], other.protocols["linear"])[0] is not train
+
+
+def test_crops_of_a_classifier_are_drawn_anew(suite: Suite) -> None:
+    train, _ = protocols.read_mapped(suite, suite.sets["pics"], suite.protocols["tuned_free"])
+    first, again, other = (train.draw(0, seed=seed)["image"] for seed in (1, 1, 2))
+    assert torch.equal(first, again)
+    assert first.shape != other.shape or not torch.equal(first, other)
+
+
+# Probes
+
+
+def test_a_probe_is_that_of_the_features(tiny: TinySuite, suite: Suite, tmp_path: Path) -> None:
+    student = backbone(tiny, "student")
+    value, details = run(suite, "probe", student, cache=tmp_path / "cache.npz")
+    network = load_backbone(student, suite.cfg, seed=0).eval()
+    labelled = extract_features(
+        network,
+        protocols._records(("s_pics",)),
+        image_size=64,
+        pixel_mean=suite.cfg.MODEL.PIXEL_MEAN,
+        pixel_std=suite.cfg.MODEL.PIXEL_STD,
+        num_workers=0,
+    )
+    expected = linear_probe(labelled, labelled, seed=0)
+    assert value == pytest.approx(expected.accuracy)
+    assert details["num_train"] == 8
+
+
+def test_protocols_share_the_features(
+    tiny: TinySuite, suite: Suite, spy: Spy, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for protocol in ("probe", "knn", "few"):
+        run(suite, protocol, backbone(tiny, "student"), cache=tmp_path / "cache.npz")
+    assert spy.num_images == 16  # training and test images, once
+    assert [path.name for path in tmp_path.iterdir()] == ["cache.npz"]
+
+
+def test_few_shot_takes_so_many_of_each_class(tiny: TinySuite, suite: Suite, tmp_path: Path) -> None:
+    student = backbone(tiny, "student")
+    value, details = run(suite, "few", student, cache=tmp_path / "cache.npz")
+    assert details["num_train"] == 6
+    assert value == details["mean_class_acc"]
+
+
+@settings(deadline=None, max_examples=50)
+@given(st.lists(st.integers(0, 3), min_size=1, max_size=30), st.integers(0, 9), st.integers(0, 3))
+def test_images_per_class(labels: list[int], count: int, seed: int) -> None:
+    x, y = np.arange(len(labels), dtype=np.float32)[:, None], np.array(labels)
+    drawn_x, drawn_y = protocols._draw_per_class((x, y), count, seed=seed)
+    rows = drawn_x[:, 0].astype(int)
+    assert sorted({*rows.tolist()}) == rows.tolist()
+    assert (y[rows] == drawn_y).all()
+    expected = [size if not count else min(count, size) for size in np.bincount(y)]
+    assert np.bincount(drawn_y, minlength=len(expected)).tolist() == expected
+    again, _ = protocols._draw_per_class((x, y), count, seed=seed)
+    assert (again == drawn_x).all()
+
+
+# What learns nothing
+
+
+@pytest.mark.parametrize(
+    ("protocol", "expected"),
+    [("probe", 37.5), ("knn", 37.5), ("few", 100 / 3), ("tuned_free", 37.5), ("dense", 0.0)],
+)
+def test_trivial_value(suite: Suite, protocol: str, expected: float) -> None:
+    spec = next(spec for spec in suite.sets.values() if protocol in spec.protocols)
+    assert protocols.trivial_value(spec, suite.protocols[protocol]) == pytest.approx(expected)
+
+
+def test_trivial_value_of_segmentation_is_of_the_most_frequent_class(tiny: TinySuite, suite: Suite) -> None:
+    """Background and the class cat share the index 0; a square of 28 pixels is dog or eel in five of eight images."""
+    share = 1 - 5 * 28**2 / (8 * 64**2)
+    found = protocols.trivial_value(suite.sets["areas"], suite.protocols["linear"])
+    assert found == pytest.approx(100 * share / 3)
+
+
+def test_a_metric_may_have_no_trivial_value(suite: Suite) -> None:
+    assert math.isnan(protocols.trivial_value(suite.sets["areas"], suite.protocols["pixels"]))

@@ -1,0 +1,63 @@
+#!/usr/bin/env python
+"""A whole study: pre-train every backbone, measure all on a suite, report; continues where it was stopped.
+
+python tools/study.py --study configs/transfer/openmoji12_study.yaml --seeds 3 --jobs 2 --output output/openmoji12
+"""
+
+import argparse
+import logging
+import os
+import sys
+from pathlib import Path
+
+# Before torch is imported: threads that wait without spinning leave the processors to the other jobs.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
+from xlearner_d2.specs import ConfigError
+
+logger = logging.getLogger("xlearner_d2.transfer")
+
+
+def positive(text: str) -> int:
+    """A whole number above 0."""
+    number = int(text)
+    if number < 1:
+        raise ValueError
+    return number
+
+
+def parse_args() -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--study", required=True, help="a YAML file, as those in configs/transfer")
+    parser.add_argument("--seeds", type=positive, default=3, help="run the seeds 0 … SEEDS-1 (default: %(default)s)")
+    parser.add_argument("--first-seed", type=int, default=0, help="begin with another seed (default: %(default)s)")
+    parser.add_argument("--output", required=True, help="folder of the study")
+    parser.add_argument("--subject", default="squeezed", help="the backbone that is judged (default: %(default)s)")
+    parser.add_argument("--jobs", type=positive, default=1, help="runs and cells at a time (default: %(default)s)")
+    return parser.parse_args()
+
+
+def main(args: argparse.Namespace) -> None:
+    """Seed by seed, so that a study that is stopped has whole seeds."""
+    from xlearner_d2.report.transfer import report_folder
+    from xlearner_d2.transfer.measure import check_suite, measure
+    from xlearner_d2.transfer.pretraining import backbones_of, check_runs, load_study, run_pretraining
+
+    study, folder = load_study(args.study), Path(args.output)
+    check_suite(study.suite)
+    check_runs(study)
+    for seed in range(args.first_seed, args.first_seed + args.seeds):
+        failed = run_pretraining(study, [seed], folder, jobs=args.jobs)
+        if failed:
+            raise ConfigError([f"{name} failed." for name in failed], what="The pre-training")
+        measure(study.suite, backbones_of(study, folder), [seed], folder, jobs=args.jobs)
+        logger.info(f"The report is {report_folder(folder, subject=args.subject)}.")
+
+
+if __name__ == "__main__":
+    logging.basicConfig(level=logging.INFO, format="[%(asctime)s] %(message)s", datefmt="%H:%M:%S")
+    try:
+        main(parse_args())
+    except ConfigError as error:
+        sys.exit(f"error: {error}")

@@ -1,0 +1,183 @@
+"""The pre-training runs of a study: the same data and budget, shared out in different ways, one command each."""
+
+import fcntl
+import json
+import logging
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from datetime import timedelta
+from pathlib import Path
+from typing import Any, TextIO
+
+import yaml
+
+from ..config import check_config_file, load_config
+from ..engine.plan import make_plan
+from ..specs import ConfigError, nearest
+from .backbones import RANDOM, BackboneSpec
+
+logger = logging.getLogger(__name__)
+
+KEYS = ("SUITE", "CONFIG", "RUNS", "BACKBONES")
+
+
+@dataclass(frozen=True, kw_only=True)
+class StudySpec:
+    """A study file.
+
+    Attributes:
+        suite: path of the transfer suite.
+        config: path of the config that all runs start from.
+        runs: by name, the overrides of ``config``, as alternating keys and values.
+        backbones: by name, ``RUN/FILE``, ``RUN/FILE:TASK`` or "random".
+    """
+
+    suite: str
+    config: str
+    runs: Mapping[str, Sequence[str]]
+    backbones: Mapping[str, str]
+
+
+def load_study(path: str | Path) -> StudySpec:
+    """Read a study file.
+
+    Raises:
+        ConfigError: with all problems.
+    """
+    check_config_file(path)
+    content = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    problems = [f"{path} lacks the key {key}." for key in KEYS if key not in content]
+    problems += [f"{path} has the unknown key {key!r}.{nearest(key, KEYS)}" for key in content if key not in KEYS]
+    if not problems:
+        problems += _check_content(content, str(path))
+    if problems:
+        raise ConfigError(problems, what="The study")
+    runs = {name: [str(opt) for opt in opts or []] for name, opts in content["RUNS"].items()}
+    return StudySpec(suite=content["SUITE"], config=content["CONFIG"], runs=runs, backbones=content["BACKBONES"])
+
+
+def _check_content(content: Mapping[str, Any], path: str) -> list[str]:
+    problems = [
+        f"{path}: {key} is {content[key]!r}, but a file is expected."
+        for key in ("SUITE", "CONFIG")
+        if not Path(str(content[key])).is_file()
+    ]
+    problems += [
+        f"{path}: {key} is {content[key]!r}, but names with what each stands for are expected."
+        for key in ("RUNS", "BACKBONES")
+        if not isinstance(content[key], dict)
+    ]
+    if problems:
+        return problems
+    for name, opts in content["RUNS"].items():
+        if not isinstance(opts, list | None) or len(opts or []) % 2:
+            problems.append(f"{path}: RUNS.{name} is {opts!r}, but a list of pairs of key and value is expected.")
+    for name, text in content["BACKBONES"].items():
+        problems += [f"{path}: BACKBONES.{name} {wrong}" for wrong in _check_backbone(text, content["RUNS"])]
+    return problems
+
+
+def _check_backbone(text: Any, runs: Mapping[str, Any]) -> list[str]:
+    if text == RANDOM:
+        return []
+    run, _, file = str(text).partition("/")
+    if not file:
+        return [f"is {text!r}, but RUN/FILE, RUN/FILE:TASK or random is expected."]
+    return [] if run in runs else [f"is of the unknown run {run!r}.{nearest(run, runs)}"]
+
+
+def check_runs(study: StudySpec) -> None:
+    """See that every run's config and data are as needed; images are not decoded, as each run does so when it starts.
+
+    Raises:
+        ConfigError: with the problems of all runs.
+    """
+    problems = []
+    for name, opts in study.runs.items():
+        try:
+            make_plan(load_config(study.config, [*opts, "XLEARNER.CHECK_IMAGES", "0"]), world_size=1)
+        except ConfigError as error:
+            problems += [f"run {name}: {problem}" for problem in error.problems]
+    if problems:
+        raise ConfigError(problems, what="The study")
+
+
+def backbones_of(study: StudySpec, folder: Path) -> list[BackboneSpec]:
+    """The study's backbones, in the files its runs leave below ``folder``."""
+    found = []
+    for name, text in study.backbones.items():
+        place, _, task = text.partition(":")
+        path = RANDOM if text == RANDOM else str(folder / "runs" / "seed{seed}" / place)
+        found.append(BackboneSpec(name=name, path=path, task=task))
+    return found
+
+
+def as_arguments(backbones: Sequence[BackboneSpec]) -> list[str]:
+    """As ``--weights`` of tools/transfer.py takes them."""
+    return [f"{b.name}={b.path}{f':{b.task}' if b.task else ''}" for b in backbones]
+
+
+def run_pretraining(study: StudySpec, seeds: Sequence[int], folder: Path, *, jobs: int) -> list[str]:
+    """Run what is not finished, several at a time; a run that was stopped continues from its last checkpoint.
+
+    Returns:
+        names of the runs that failed; the log of each is beside its output.
+    """
+    work = [(name, seed) for seed in seeds for name in study.runs]
+    left = [(name, seed) for name, seed in work if not _finished(folder, name, seed)]
+    logger.info(f"{len(work)} pre-training runs, of which {len(work) - len(left)} are finished.")
+    with ThreadPoolExecutor(jobs) as pool:
+        results = pool.map(lambda item: _run(study, item[0], item[1], folder, jobs=jobs), left)
+        return [f"{name}, seed {seed}" for (name, seed), code in zip(left, results, strict=True) if code]
+
+
+def _output(folder: Path, name: str, seed: int) -> Path:
+    return folder / "runs" / f"seed{seed}" / name
+
+
+def _finished(folder: Path, name: str, seed: int) -> bool:
+    return (_output(folder, name, seed) / "metrics.json").is_file()
+
+
+def _run(study: StudySpec, name: str, seed: int, folder: Path, *, jobs: int) -> int:
+    """One run in a process of its own; its exit code."""
+    output = _output(folder, name, seed)
+    output.mkdir(parents=True, exist_ok=True)
+    command = [sys.executable, str(Path(__file__).parents[2] / "train_net.py"), "--config-file", study.config]
+    command += ["--resume", *study.runs[name], "SEED", str(seed), "OUTPUT_DIR", str(output)]
+    threads = max(1, (os.cpu_count() or 1) // jobs)
+    # The run inherits the lock, and holds it even when this process is killed: the next one then waits for its end.
+    with (output / "lock").open("w") as lock, (output / "stdout.txt").open("a", encoding="utf-8") as log:
+        _acquire(lock)
+        if _finished(folder, name, seed):
+            return 0
+        started = time.monotonic()
+        environment = {**os.environ, "OMP_NUM_THREADS": str(threads)}
+        code = subprocess.run(
+            command, stdout=log, stderr=log, env=environment, check=False, pass_fds=(lock.fileno(),)
+        ).returncode
+        seconds = time.monotonic() - started
+        _add_cost(output / "cost.json", seconds, threads)
+    how = "done" if code == 0 else f"failed, see {log.name}"
+    logger.info(f"Run {name}, seed {seed}: {how} after {timedelta(seconds=round(seconds))}.")
+    return code
+
+
+def _acquire(lock: TextIO) -> None:
+    """Wait until no other process holds the lock."""
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        logger.info(f"Waiting for another process that holds {lock.name}.")
+        fcntl.flock(lock, fcntl.LOCK_EX)
+
+
+def _add_cost(path: Path, seconds: float, threads: int) -> None:
+    """Add to the time that earlier attempts took; that of one that was killed from outside is not known."""
+    before = json.loads(path.read_text(encoding="utf-8"))["seconds"] if path.is_file() else 0
+    path.write_text(json.dumps({"seconds": before + round(seconds), "threads": threads}) + "\n", encoding="utf-8")

@@ -1,0 +1,201 @@
+"""Every set × protocol × backbone × seed of a study: what is finished is kept, the rest runs, several at a time."""
+
+import logging
+import multiprocessing
+import os
+import platform
+import subprocess
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ProcessPoolExecutor, as_completed
+from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..config import load_config
+from .backbones import BackboneSpec, fingerprint
+from .protocols import run_protocol, trivial_value
+from .records import CellRecord, cell_file, read_record, write_record
+from .suite import Suite, parse_suite
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Cell:
+    """One measurement; see :class:`CellRecord` for its parts."""
+
+    set_name: str
+    protocol: str
+    backbone: BackboneSpec
+    seed: int
+
+    def __str__(self) -> str:
+        return f"{self.set_name}, {self.protocol}, {self.backbone.name}, seed {self.seed}"
+
+    def file(self, folder: Path) -> Path:
+        """Where its record belongs."""
+        return cell_file(
+            folder, set_name=self.set_name, protocol=self.protocol, backbone=self.backbone.name, seed=self.seed
+        )
+
+
+def all_cells(suite: Suite, backbones: Sequence[BackboneSpec], seeds: Sequence[int]) -> list[Cell]:
+    """In the order they run: seed by seed, and within it the protocols that count before the others."""
+    sets = suite.sets.values()
+    depth = max(len(spec.protocols) for spec in sets)
+    return [
+        Cell(set_name=spec.name, protocol=spec.protocols[rank], backbone=backbone, seed=seed)
+        for seed in seeds
+        for rank in range(depth)
+        for spec in sets
+        if rank < len(spec.protocols)
+        for backbone in backbones
+    ]
+
+
+def unfinished(suite: Suite, cells: Sequence[Cell], folder: Path) -> list[Cell]:
+    """The cells without a record, or with one of other weights or settings."""
+    prints = {(cell.backbone, cell.seed): "" for cell in cells}
+    prints = {key: fingerprint(*key) for key in prints}
+    settings = {
+        (cell.set_name, cell.protocol): suite.settings(suite.sets[cell.set_name], suite.protocols[cell.protocol])
+        for cell in cells
+    }
+
+    def finished(cell: Cell) -> bool:
+        path = cell.file(folder)
+        if not path.is_file():
+            return False
+        record = read_record(path)
+        wanted = (prints[cell.backbone, cell.seed], settings[cell.set_name, cell.protocol])
+        if (record.weights, record.settings) == wanted:
+            return True
+        logger.warning(f"{path} is of other weights or settings: it is measured again.")
+        return False
+
+    return [cell for cell in cells if not finished(cell)]
+
+
+def run_cell(suite: Suite, cell: Cell, folder: Path) -> CellRecord:
+    """Measure one cell and keep its record."""
+    started = time.perf_counter()
+    spec, protocol = suite.sets[cell.set_name], suite.protocols[cell.protocol]
+    weights = fingerprint(cell.backbone, cell.seed)
+    name = f"{weights[:16] or f'random-{cell.seed}'}-{suite.feature_settings(spec, protocol)[:16]}.npz"
+    cache = folder / "cache" / cell.set_name / name
+    value, details = run_protocol(suite, spec, protocol, cell.backbone, seed=cell.seed, cache=cache)
+    record = CellRecord(
+        suite=suite.name,
+        set_name=cell.set_name,
+        family=spec.family,
+        protocol=cell.protocol,
+        primary=suite.primary[cell.set_name] == cell.protocol,
+        metric=protocol.metric,
+        backbone=cell.backbone.name,
+        seed=cell.seed,
+        value=value,
+        trivial=trivial_value(spec, protocol),
+        details=details,
+        seconds=round(time.perf_counter() - started, 2),
+        weights=weights,
+        settings=suite.settings(spec, protocol),
+        commit=commit(),
+        hardware=hardware(suite.cfg.MODEL.DEVICE),
+        date=datetime.now(UTC).isoformat(timespec="seconds"),
+    )
+    write_record(record, cell.file(folder))
+    return record
+
+
+def commit() -> str:
+    """The project's commit, with "+" when tracked files differ from it; "" outside of a repository."""
+    folder = Path(__file__).parent
+
+    def git(*args: str) -> str:
+        return subprocess.run(["git", *args], cwd=folder, capture_output=True, text=True, check=False).stdout.strip()
+
+    return git("rev-parse", "--short=12", "HEAD") + ("+" if git("status", "--porcelain", "-uno") else "")
+
+
+def hardware(device: str) -> str:
+    """The GPU, or the processor and the number of its cores that are in use."""
+    if device.startswith("cuda") and torch.cuda.is_available():
+        return torch.cuda.get_device_name()
+    name = platform.processor() or platform.machine()
+    info = Path("/proc/cpuinfo")
+    if info.is_file():
+        models = [line.partition(":")[2].strip() for line in info.read_text().splitlines() if "model name" in line]
+        name = models[0] if models else name
+    return f"{name}, {torch.get_num_threads()} threads"
+
+
+# Of a worker process: the suite it measures with, set once by _start_worker.
+_suite: Suite
+
+
+def _start_worker(suite_file: str, opts: Sequence[str], counter: Any, jobs: int) -> None:
+    """Prepare a worker process; ``counter`` numbers them."""
+    global _suite
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    # Loaders fork: a spawned loader process would import everything again.
+    multiprocessing.set_start_method("fork", force=True)
+    torch.set_num_threads(max(1, (len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 1) // jobs))
+    logging.getLogger("detectron2").setLevel(logging.WARNING)
+    logging.getLogger("fvcore").setLevel(logging.WARNING)
+    with counter.get_lock():
+        number = counter.value
+        counter.value += 1
+    if torch.cuda.is_available():
+        torch.cuda.set_device(number % torch.cuda.device_count())
+    _suite = parse_suite(load_config(suite_file, opts))
+
+
+def _end_with_parent() -> None:
+    """End this process when its parent is killed: it would wait for work forever."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    parent.join()
+    os._exit(1)
+
+
+def _work(cell: Cell, folder: Path) -> CellRecord:
+    return run_cell(_suite, cell, folder)
+
+
+def run_cells(
+    cells: Sequence[Cell], *, suite_file: str, opts: Sequence[str], folder: Path, jobs: int
+) -> dict[Cell, BaseException]:
+    """Run cells in worker processes, log each as it ends, and return the errors of those that failed.
+
+    Args:
+        suite_file, opts: the suite, read again in each worker.
+        jobs: processes; on GPUs they are spread over the devices.
+    """
+    failed: dict[Cell, BaseException] = {}
+    context = multiprocessing.get_context("spawn")
+    started = time.monotonic()
+    initargs = (suite_file, tuple(opts), context.Value("i", 0), jobs)
+    with ProcessPoolExecutor(jobs, mp_context=context, initializer=_start_worker, initargs=initargs) as pool:
+        futures = {pool.submit(_work, cell, folder): cell for cell in cells}
+        for done, (cell, future) in enumerate(_as_completed(futures), 1):
+            left = (time.monotonic() - started) / done * (len(cells) - done)
+            progress = f"[{done}/{len(cells)}, {timedelta(seconds=round(left))} left]"
+            error = future.exception()
+            if error is not None:
+                failed[cell] = error
+                logger.error(f"{progress} {cell} failed: {error!r}")
+                continue
+            record = future.result()
+            logger.info(f"{progress} {cell}: {record.metric} {record.value:.1f} in {record.seconds:.0f} s")
+    return failed
+
+
+def _as_completed(futures: "dict[Future[CellRecord], Cell]") -> "Iterator[tuple[Cell, Future[CellRecord]]]":
+    for future in as_completed(futures):
+        yield futures[future], future

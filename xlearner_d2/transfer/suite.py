@@ -1,0 +1,271 @@
+"""A suite: the downstream sets, and what is done with a backbone on each; parsed and checked as a whole."""
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from detectron2.config import CfgNode
+from detectron2.data import DatasetCatalog, MetadataCatalog
+
+from ..config import check_config_file, usable_device
+from ..data.builtin import dataset_root, register_datasets
+from ..data.check import check_records, check_same_classes
+from ..modeling.expanded import STAGES
+from ..modeling.heads import find_config
+from ..specs import ConfigError, DatasetSpec, nearest, parse_datasets, parse_record
+
+FAMILIES = ("classification", "detection", "segmentation")
+KINDS = ("linear_probe", "knn", "fine_tune")
+#: What Detectron2's evaluators call the results of each family; a fine-tuning's metric starts with one of them.
+RESULTS = {
+    "classification": ("classification",),
+    "detection": ("bbox", "segm", "keypoints"),
+    "segmentation": ("sem_seg", "panoptic_seg"),
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class ProtocolSpec:
+    """One way to measure a backbone on a set; ``TRANSFER.PROTOCOLS.<name>``.
+
+    Attributes:
+        name: of the protocol.
+        kind: linear_probe (multinomial logistic regression on frozen features, its regularisation chosen on a
+            held-out fifth of the training images), knn (by cosine similarity of frozen features) or fine_tune (train
+            the model of ``config``; ``MODEL.BACKBONE.FREEZE_AT: 5`` there keeps the backbone frozen).
+        metric: linear_probe and knn: top1 or, for the former, mean_class_acc; fine_tune: as Detectron2's
+            evaluators call it, such as bbox/AP or sem_seg/mIoU.
+        image_size: side in pixels of the squares that are cropped (linear_probe, knn).
+        feature: the stage that is pooled (linear_probe, knn).
+        k: neighbours that vote (knn).
+        images_per_class: of the training images so many of each class, drawn by the seed; 0 takes all
+            (linear_probe, knn).
+        train_share: of the training images this share, drawn by the seed.
+        config: the Detectron2 config to train; a file or a model-zoo path (fine_tune).
+        ims_per_batch: of the fine-tuning (fine_tune).
+        opts: overrides of ``config``, as alternating keys and values (fine_tune).
+    """
+
+    name: str
+    kind: str
+    metric: str
+    image_size: int = 224
+    feature: str = "res5"
+    k: int = 10
+    images_per_class: int = 0
+    train_share: float = 1.0
+    config: str = ""
+    ims_per_batch: int = 16
+    opts: tuple[Any, ...] = ()
+
+
+@dataclass(frozen=True, kw_only=True)
+class SetSpec:
+    """One downstream set; ``TRANSFER.SETS.<name>``.
+
+    Attributes:
+        name: of the set.
+        family: classification, detection (boxes or instances) or segmentation.
+        train: names of registered data sets, concatenated.
+        test: name of a registered data set.
+        protocols: names of the protocols to run; the first is the one that counts in summaries.
+    """
+
+    name: str
+    family: str
+    train: tuple[str, ...]
+    test: str
+    protocols: tuple[str, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Suite:
+    """A validated suite.
+
+    Attributes:
+        name: of the suite.
+        cfg: the whole config; decides the backbone's architecture, input and device.
+        sets: by name.
+        protocols: by name.
+        datasets: records of ``XLEARNER.DATASETS`` by name, as they enter the settings of a cell.
+    """
+
+    name: str
+    cfg: CfgNode
+    sets: Mapping[str, SetSpec]
+    protocols: Mapping[str, ProtocolSpec]
+    datasets: Mapping[str, DatasetSpec]
+
+    @property
+    def primary(self) -> dict[str, str]:
+        """The protocol that counts in summaries, by set."""
+        return {name: spec.protocols[0] for name, spec in self.sets.items()}
+
+    def settings(self, spec: SetSpec, protocol: ProtocolSpec) -> str:
+        """SHA-256 of everything in the suite that bears on a cell, so that a changed one is measured again."""
+        what = {"protocol": asdict(protocol), "config": _read(protocol.config)}
+        return _digest({**self._common(spec), **what})
+
+    def feature_settings(self, spec: SetSpec, protocol: ProtocolSpec) -> str:
+        """SHA-256 of everything in the suite that bears on the features of a linear probe, which protocols share."""
+        return _digest({**self._common(spec), "feature": protocol.feature, "image_size": protocol.image_size})
+
+    def _common(self, spec: SetSpec) -> dict[str, Any]:
+        names = sorted({*spec.train, spec.test})
+        return {
+            "set": {key: value for key, value in asdict(spec).items() if key != "protocols"},
+            "data": {name: asdict(self.datasets[name]) for name in names if name in self.datasets},
+            "resnets": self.cfg.MODEL.RESNETS,
+            "input": [self.cfg.INPUT.FORMAT, self.cfg.MODEL.PIXEL_MEAN, self.cfg.MODEL.PIXEL_STD],
+            "amp": self.cfg.SOLVER.AMP.ENABLED,
+        }
+
+
+def _digest(what: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(what, sort_keys=True, default=str).encode()).hexdigest()
+
+
+def _read(config: str) -> str:
+    """The content of a head's config, with that of the files it is based on."""
+    if not config:
+        return ""
+    loaded = CfgNode.load_yaml_with_base(find_config(config), allow_unsafe=True)  # checked by parse_suite
+    return json.dumps(loaded, sort_keys=True, default=str)
+
+
+def _check_fine_tune(spec: ProtocolSpec, where: str) -> list[str]:
+    problems = []
+    if "/" not in spec.metric:
+        problems.append(f"{where}.METRIC is {spec.metric!r}, but one such as bbox/AP or sem_seg/mIoU is expected.")
+    try:
+        check_config_file(find_config(spec.config))
+    except ConfigError as error:
+        problems += [f"{where}.CONFIG is {spec.config!r}: {problem}" for problem in error.problems]
+    if len(spec.opts) % 2:
+        problems.append(f"{where}.OPTS has {len(spec.opts)} entries, but pairs of key and value are expected.")
+    return problems
+
+
+def _check_probe(spec: ProtocolSpec, where: str) -> list[str]:
+    known = ("top1", "mean_class_acc") if spec.kind == "linear_probe" else ("top1",)
+    problems = []
+    if spec.metric not in known:
+        problems.append(f"{where}.METRIC is {spec.metric!r}.{nearest(spec.metric, known)}")
+    if spec.feature not in STAGES:
+        problems.append(f"{where}.FEATURE is {spec.feature!r}.{nearest(spec.feature, STAGES)}")
+    if spec.kind == "linear_probe" and spec.images_per_class == 1:
+        problems.append(f"{where}.IMAGES_PER_CLASS is 1, but one more is held out to choose the regularisation.")
+    return problems
+
+
+def _check_protocol(spec: ProtocolSpec, where: str) -> list[str]:
+    if spec.kind not in KINDS:
+        return [f"{where}.KIND is {spec.kind!r}.{nearest(spec.kind, KINDS)}"]
+    problems = _check_fine_tune(spec, where) if spec.kind == "fine_tune" else _check_probe(spec, where)
+    for key, value, low in (
+        ("IMAGE_SIZE", spec.image_size, 1),
+        ("K", spec.k, 1),
+        ("IMAGES_PER_CLASS", spec.images_per_class, 0),
+        ("IMS_PER_BATCH", spec.ims_per_batch, 1),
+    ):
+        if value < low:
+            problems.append(f"{where}.{key} is {value}, but at least {low} is expected.")
+    if not 0 < spec.train_share <= 1:
+        problems.append(f"{where}.TRAIN_SHARE is {spec.train_share}, but more than 0 and at most 1 is expected.")
+    return problems
+
+
+def _check_set(spec: SetSpec, where: str, protocols: Mapping[str, ProtocolSpec], known: set[str]) -> list[str]:
+    problems = []
+    if spec.family not in FAMILIES:
+        problems.append(f"{where}.FAMILY is {spec.family!r}.{nearest(spec.family, FAMILIES)}")
+    for key in ("train", "protocols"):
+        if not getattr(spec, key):
+            problems.append(f"{where}.{key.upper()} is empty, but at least one name is needed.")
+    for name in (*spec.train, spec.test):
+        if name not in known:
+            problems.append(f"{where} names the unknown data set {name!r}.{nearest(name, known)}")
+    for name in spec.protocols:
+        if name not in protocols:
+            problems.append(f"{where}.PROTOCOLS names the unknown protocol {name!r}.{nearest(name, protocols)}")
+        elif spec.family in FAMILIES:
+            problems += _check_pair(spec, protocols[name], where)
+    return problems
+
+
+def _check_pair(spec: SetSpec, protocol: ProtocolSpec, where: str) -> list[str]:
+    """Whether a protocol suits a set of this family."""
+    if protocol.kind != "fine_tune":
+        if spec.family == "classification":
+            return []
+        return [f"{where}.PROTOCOLS: {protocol.name} is for classification, but FAMILY is {spec.family}."]
+    kind = protocol.metric.partition("/")[0]
+    if kind in RESULTS[spec.family]:
+        return []
+    known = ", ".join(RESULTS[spec.family])
+    return [f"{where}.PROTOCOLS: {protocol.name} has METRIC {protocol.metric}, but {spec.family} has {known}."]
+
+
+def parse_suite(cfg: CfgNode) -> Suite:
+    """Parse and register a suite, without reading its data.
+
+    Raises:
+        ConfigError: with all problems.
+    """
+    cfg = cfg.clone()
+    cfg.MODEL.DEVICE = usable_device(cfg)
+    cfg.freeze()
+    problems: list[str] = []
+    datasets = {spec.name: spec for spec in parse_datasets(cfg.XLEARNER.DATASETS, problems)}
+    try:
+        register_datasets(list(datasets.values()), dataset_root())
+    except ConfigError as error:
+        problems += error.problems
+    protocols = _parse_all(ProtocolSpec, cfg.TRANSFER.PROTOCOLS, "TRANSFER.PROTOCOLS", problems)
+    for name, protocol in protocols.items():
+        problems += _check_protocol(protocol, f"TRANSFER.PROTOCOLS.{name}")
+    sets = _parse_all(SetSpec, cfg.TRANSFER.SETS, "TRANSFER.SETS", problems)
+    dropped = {name for name, record in cfg.XLEARNER.DATASETS.items() if record is None}
+    known = {*DatasetCatalog.list(), *cfg.XLEARNER.DATASETS} - dropped  # one that failed to register is known, too
+    for name, spec in sets.items():
+        problems += _check_set(spec, f"TRANSFER.SETS.{name}", protocols, known)
+    if not sets and not problems:
+        problems.append("TRANSFER.SETS is empty, but at least one downstream set is needed.")
+    if problems:
+        raise ConfigError(problems, what="The suite")
+    return Suite(name=cfg.TRANSFER.NAME, cfg=cfg, sets=sets, protocols=protocols, datasets=datasets)
+
+
+def _parse_all(cls: Any, records: Mapping[str, Any], where: str, problems: list[str]) -> dict[str, Any]:
+    """Null records are skipped, so that a derived suite or the command line can drop one."""
+    found = {
+        name: parse_record(cls, name, record, f"{where}.{name}", problems)
+        for name, record in records.items()
+        if record is not None
+    }
+    return {name: spec for name, spec in found.items() if spec is not None}
+
+
+def check_data(suite: Suite, *, check_images: int) -> None:
+    """Read and check the records of every set.
+
+    Raises:
+        ConfigError: with every problem found in any set.
+    """
+    problems = []
+    for spec in suite.sets.values():
+        names = (*spec.train, spec.test)
+        found = [f for name in names for f in _check_dataset(name, check_images)]
+        problems += [f"{spec.name}: {problem}" for problem in found or check_same_classes(names)]
+    if problems:
+        raise ConfigError(problems, what="The suite's data")
+
+
+def _check_dataset(name: str, check_images: int) -> list[str]:
+    try:
+        records = DatasetCatalog.get(name)
+    except (ValueError, OSError, KeyError, AssertionError) as error:
+        return error.problems if isinstance(error, ConfigError) else [f"data set {name!r}: {error}"]
+    return check_records(name, records, MetadataCatalog.get(name), max_images=check_images)
