@@ -44,20 +44,21 @@ def add_xlearner_config(cfg: CfgNode) -> None:
     q.ONLINE = False
     # Expanded checkpoint to squeeze; "" takes the one that the expand stage left in OUTPUT_DIR.
     q.TEACHER = ""
-    # Start of the student: "random", a task's name (that branch), or a ResNet checkpoint.
-    q.INIT = "random"
+    # Start of the student: "random", a task's name (that branch), a ResNet checkpoint, or "" (the branch of the first
+    # source's task; random when the student is built otherwise).
+    q.INIT = ""
     # Depth of the student; 0 takes that of the branches.
     q.DEPTH = 0
     # Stages whose features are matched.
-    q.STAGES = ["res2", "res3", "res4", "res5"]
+    q.STAGES = ["res4", "res5"]
     # Weight of each of these stages; 0 leaves one out.
-    q.STAGE_WEIGHTS = [1.0, 1.0, 1.0, 1.0]
+    q.STAGE_WEIGHTS = [1.0, 1.0]
     # What a hint is compared by: cosine_smooth_l1 (half each), mse, cosine, smooth_l1.
     q.DISTANCE = "cosine_smooth_l1"
     # How the teacher's features are normalised: standardise (per channel, running), l2, phi_s, none.
     q.NORMALISER = "standardise"
     # Whether the student learns from the sources' labels as well, through heads of its own that start as the teacher's.
-    q.TASK_LOSSES = False
+    q.TASK_LOSSES = True
     # Whether a branch gives hints for the images of its own task's sources alone, instead of for all images.
     q.OWN_IMAGES = False
     # Factor on all hints, against the task losses.

@@ -101,7 +101,7 @@ class TinySuite:
 
     def write(self) -> None:
         """Bring the file up to date with ``content``."""
-        self.file.write_text(yaml.safe_dump(copy.deepcopy(self.content)))  # without YAML's references
+        self.file.write_text(yaml.safe_dump(copy.deepcopy(self.content), sort_keys=False))  # without YAML's references
 
     def load(self, *opts: Any) -> CfgNode:
         return load_config(self.file, [str(opt) for opt in opts])

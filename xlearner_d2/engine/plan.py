@@ -1,7 +1,7 @@
 """Everything a run needs, validated as a whole before anything is trained or written."""
 
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -179,6 +179,14 @@ def scale_to_workers(cfg: CfgNode, world_size: int) -> CfgNode:
     return cfg
 
 
+def _check_start(cfg: CfgNode, tasks: Sequence[TaskSpec]) -> list[str]:
+    """Found now, as the student is built after hours of expansion."""
+    start, names = cfg.XLEARNER.SQUEEZE.INIT, [task.name for task in tasks]
+    if start in ("", "random", *names) or "://" in start or Path(start).is_file():
+        return []
+    return [f"XLEARNER.SQUEEZE.INIT is {start!r}, no task and no file.{nearest(start, [*names, 'random'])}"]
+
+
 def _check_batch(source: SourceSpec, head: CfgNode, world_size: int) -> list[str]:
     options, share = head.MODEL.CLASSIFIER, source.ims_per_batch // world_size
     if (options.MIXUP or options.CUTMIX) and share % 2:
@@ -213,6 +221,9 @@ def make_plan(cfg: CfgNode, *, world_size: int) -> Plan:
     if problems:
         raise ConfigError(problems)
     tasks = derive_tasks(sources, heads)
+    problems += _check_start(cfg, tasks)
+    if problems:
+        raise ConfigError(problems)
     return Plan(
         world_size=world_size,
         cfg=cfg,

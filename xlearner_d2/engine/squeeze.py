@@ -150,12 +150,21 @@ def build_student(plan: Plan, teacher: XLearner) -> ResNet:
 
 def initialise_student(student: ResNet, plan: Plan, teacher: XLearner) -> None:
     """Start the student as ``XLEARNER.SQUEEZE.INIT`` says."""
-    start = plan.cfg.XLEARNER.SQUEEZE.INIT
+    start = plan.cfg.XLEARNER.SQUEEZE.INIT or _fitting_branch(student, teacher)
     if start in teacher.backbone.tasks:
-        branch = teacher.backbone.branches[teacher.backbone.branch_of[start]]
+        branch = teacher.backbone.branch(teacher.backbone.branch_of[start])
         load_strictly(student, branch.state_dict(), path=f"of branch {start} (XLEARNER.SQUEEZE.INIT)")
+        logger.info(f"The student starts as the branch of task {start}.")
     elif start != "random":
         logger.info(f"Starting the student from {start}: {load_resnet(student, start)}.")
+
+
+def _fitting_branch(student: ResNet, teacher: XLearner) -> str:
+    """The task of the first source, or "random" where its branch is not built as the student is."""
+    task = teacher.backbone.tasks[0]
+    branch = teacher.backbone.branch(teacher.backbone.branch_of[task])
+    shapes = [{name: value.shape for name, value in of.state_dict().items()} for of in (branch, student)]
+    return task if shapes[0] == shapes[1] else "random"
 
 
 def build_squeeze_hook(

@@ -1,0 +1,305 @@
+"""The runs of a study: read, checked, run once each, and continued after a kill."""
+
+import fcntl
+import json
+import logging
+import runpy
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import yaml
+from disk_data import SIZE
+from tiny_suite import NARROW, ROOT, TinySuite
+
+from xlearner_d2.specs import ConfigError
+from xlearner_d2.transfer import pretraining
+from xlearner_d2.transfer.backbones import BackboneSpec, parse_backbones
+from xlearner_d2.transfer.pretraining import (
+    StudySpec,
+    as_arguments,
+    backbones_of,
+    check_runs,
+    load_study,
+    run_pretraining,
+)
+from xlearner_d2.transfer.records import read_records
+
+DEADLINE = 240
+
+
+class StudyFiles(TinySuite):
+    """A suite of one cell a backbone, a config that takes two steps, and a study of two runs of it."""
+
+    def __init__(self, root: Path):
+        super().__init__(root)
+        sets = self.content["TRANSFER"]["SETS"]
+        sets["pics"]["PROTOCOLS"] = ["knn"]
+        del sets["boxes"], sets["areas"]
+        self.write()
+        self.config = root / "pretrain.yaml"
+        self.config.write_text(yaml.safe_dump(self._config()))
+        self.study = root / "study.yaml"
+        self.parts: dict[str, Any] = {
+            "SUITE": str(self.file),
+            "CONFIG": str(self.config),
+            "RUNS": {"expanding": None, "squeezing": ["XLEARNER.STAGE", "all"]},
+            "BACKBONES": {
+                "random": "random",
+                "single": "expanding/expanded.pth:labels",
+                "squeezed": "squeezing/student_d2.pth",
+            },
+        }
+        self.write_study()
+
+    def _config(self) -> dict[str, Any]:
+        source = {
+            "TASK": "labels",
+            "CONFIG": "configs/heads/classifier.yaml",
+            "TRAIN": ["s_pics"],
+            "IMS_PER_BATCH": 4,
+            "OPTS": ["INPUT.CLASSIFICATION.SIZE", SIZE],
+        }
+        squeeze = {"SOLVER": {"MAX_ITER": 2}, "BN_RECALIBRATION_BATCHES": 1}
+        datasets = {"s_pics": self.content["XLEARNER"]["DATASETS"]["s_pics"]}
+        return {
+            "_BASE_": str(ROOT / "configs/base.yaml"),
+            "MODEL": {"DEVICE": "cpu", "RESNETS": dict(NARROW)},
+            "XLEARNER": {
+                "STAGE": "expand",
+                "DATASETS": datasets,
+                "SOURCES": {"pics": source},
+                "SQUEEZE": squeeze,
+            },
+            "SOLVER": {"MAX_ITER": 2, "WARMUP_ITERS": 0, "AMP": {"ENABLED": False}},
+            "DATALOADER": {"NUM_WORKERS": 0},
+        }
+
+    def write_study(self) -> None:
+        self.study.write_text(yaml.safe_dump(self.parts))
+
+
+@pytest.fixture
+def files(tmp_path: Path) -> StudyFiles:
+    return StudyFiles(tmp_path)
+
+
+# Study files
+
+
+def test_a_study_is_what_its_file_says(files: StudyFiles) -> None:
+    study = load_study(files.study)
+    assert study.runs == {"expanding": [], "squeezing": ["XLEARNER.STAGE", "all"]}
+    assert (study.suite, study.config) == (str(files.file), str(files.config))
+    assert list(study.backbones) == ["random", "single", "squeezed"]
+
+
+def test_backbones_are_in_the_files_that_the_runs_leave(files: StudyFiles) -> None:
+    found = backbones_of(load_study(files.study), Path("out"))
+    assert found == [
+        BackboneSpec(name="random", path="random"),
+        BackboneSpec(name="single", path="out/runs/seed{seed}/expanding/expanded.pth", task="labels"),
+        BackboneSpec(name="squeezed", path="out/runs/seed{seed}/squeezing/student_d2.pth"),
+    ]
+    assert found[1].file(2) == Path("out/runs/seed2/expanding/expanded.pth")
+    assert parse_backbones(as_arguments(found)) == found
+
+
+def test_shipped_studies_are_read() -> None:
+    for path in (ROOT / "configs/transfer").glob("*_study.yaml"):
+        load_study(path)
+
+
+CASES: dict[str, tuple[Callable[[dict[str, Any]], Any], list[str]]] = {
+    "missing and unknown keys": (
+        lambda parts: parts.update(RUN=parts.pop("RUNS")),
+        ["lacks the key RUNS.", "has the unknown key 'RUN'. Did you mean 'RUNS'?"],
+    ),
+    "missing files": (
+        lambda parts: parts.update(SUITE="gone.yaml", CONFIG=3),
+        ["SUITE is 'gone.yaml', but a file is expected.", "CONFIG is 3, but a file is expected."],
+    ),
+    "lists": (
+        lambda parts: parts.update(RUNS=["a"], BACKBONES=None),
+        ["RUNS is ['a'], but names with what each stands", "BACKBONES is None, but names with what each stands"],
+    ),
+    "odd overrides": (
+        lambda parts: parts["RUNS"].update(expanding=["SEED"], squeezing="SEED 3"),
+        ["RUNS.expanding is ['SEED'], but a list of pairs", "RUNS.squeezing is 'SEED 3', but a list of pairs"],
+    ),
+    "backbones of nothing": (
+        lambda parts: parts["BACKBONES"].update(single="expandin/x.pth", squeezed="squeezing", random=None),
+        [
+            "BACKBONES.random is None, but RUN/FILE, RUN/FILE:TASK or random is expected.",
+            "BACKBONES.single is of the unknown run 'expandin'. Did you mean 'expanding'?",
+            "BACKBONES.squeezed is 'squeezing', but RUN/FILE, RUN/FILE:TASK or random is expected.",
+        ],
+    ),
+}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_all_problems_of_a_study_file_come_at_once(files: StudyFiles, name: str) -> None:
+    spoil, expected = CASES[name]
+    spoil(files.parts)
+    files.write_study()
+    with pytest.raises(ConfigError) as caught:
+        load_study(files.study)
+    assert len(caught.value.problems) == len(expected)
+    for found, part in zip(caught.value.problems, expected, strict=True):
+        assert found.startswith(str(files.study))
+        assert part in found
+
+
+def test_no_study_file() -> None:
+    with pytest.raises(ConfigError, match=r"There is no config file gone\.yaml"):
+        load_study("gone.yaml")
+
+
+def test_problems_of_all_runs_come_at_once(files: StudyFiles) -> None:
+    runs = {
+        "one": ["XLEARNER.SHARING", "joined"],
+        "two": ["XLEARNER.SOURCES.pics.TRAIN", "[s_pic]", "XLEARNER.SQUEEZE.DEPTH", "51"],
+        "three": ["SOLVER.MAXITER", "3"],
+        "good": [],
+    }
+    with pytest.raises(ConfigError) as caught:
+        check_runs(StudySpec(suite=str(files.file), config=str(files.config), runs=runs, backbones={}))
+    found = caught.value.problems
+    assert [text.split(":")[0] for text in found] == ["run one", "run two", "run two", "run three"]
+    assert "XLEARNER.SHARING is 'joined'" in found[0]
+
+
+# Running, with a stand-in for the training
+
+
+@pytest.fixture
+def started(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Outputs of the runs that were started; a run of a name with "bad" fails."""
+    found: list[str] = []
+
+    def run(command: list[str], **options: Any) -> SimpleNamespace:
+        output = Path(command[command.index("OUTPUT_DIR") + 1])
+        found.append(f"{output.parent.name}/{output.name}")
+        if "bad" in output.name:
+            return SimpleNamespace(returncode=1)
+        (output / "metrics.json").write_text("{}")
+        return SimpleNamespace(returncode=0)
+
+    monkeypatch.setattr(pretraining, "subprocess", SimpleNamespace(run=run))
+    return found
+
+
+def some_runs(*names: str) -> StudySpec:
+    return StudySpec(suite="", config="c.yaml", runs={name: [] for name in names}, backbones={})
+
+
+def test_each_run_is_run_once(tmp_path: Path, started: list[str]) -> None:
+    assert run_pretraining(some_runs("a", "b"), [0, 1], tmp_path, jobs=1) == []
+    assert started == ["seed0/a", "seed0/b", "seed1/a", "seed1/b"]
+    assert run_pretraining(some_runs("a", "b", "c"), [0, 1], tmp_path, jobs=2) == []
+    assert sorted(started[4:]) == ["seed0/c", "seed1/c"]
+
+
+def test_runs_that_fail_are_named_and_run_again(tmp_path: Path, started: list[str]) -> None:
+    for _ in range(2):
+        assert run_pretraining(some_runs("a", "bad", "c"), [0], tmp_path, jobs=2) == ["bad, seed 0"]
+    assert sorted(started) == ["seed0/a", "seed0/bad", "seed0/bad", "seed0/c"]
+
+
+def test_cost_is_that_of_all_attempts(tmp_path: Path) -> None:
+    for seconds in (10.2, 5.1):
+        pretraining._add_cost(tmp_path / "cost.json", seconds, 2)
+    assert json.loads((tmp_path / "cost.json").read_text()) == {"seconds": 15, "threads": 2}
+
+
+def test_a_run_that_another_process_is_at_is_waited_for(
+    tmp_path: Path, started: list[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO)
+    output = tmp_path / "runs/seed0/a"
+    output.mkdir(parents=True)
+    with (output / "lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        study = threading.Thread(target=run_pretraining, args=(some_runs("a"), [0], tmp_path), kwargs={"jobs": 1})
+        study.start()
+        while "Waiting for another process" not in caplog.text and study.is_alive():
+            time.sleep(0.01)
+        (output / "metrics.json").write_text("{}")
+    study.join(timeout=30)
+    assert not study.is_alive()
+    assert started == []
+
+
+# Whole studies
+
+
+def command(monkeypatch: pytest.MonkeyPatch, *arguments: object) -> None:
+    """tools/study.py in this process."""
+    monkeypatch.setattr(sys, "argv", ["study.py", *map(str, arguments)])
+    runpy.run_path(str(ROOT / "tools/study.py"), run_name="__main__")
+
+
+def test_a_killed_study_is_completed(files: StudyFiles, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its first run outlives it, and is not run a second time."""
+    out = files.root / "out"
+    arguments = ["--study", files.study, "--output", out, "--seeds", 1]
+    process = subprocess.Popen([sys.executable, str(ROOT / "tools/study.py"), *map(str, arguments)])
+    log = out / "runs/seed0/expanding/stdout.txt"
+    deadline = time.monotonic() + DEADLINE
+    while not log.is_file() and process.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.02)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert log.is_file()
+    command(monkeypatch, *arguments)
+    assert log.read_text().count("The expanded model is in") == 1
+    assert {path.name for path in out.glob("runs/seed0/*/*.pth")} == {"expanded.pth", "student_d2.pth"}
+    records = read_records(out)
+    assert {(record.backbone, record.protocol) for record in records} == {
+        (name, "knn") for name in ("random", "single", "squeezed")
+    }
+    before = {path: path.stat().st_mtime_ns for part in ("runs", "cells") for path in (out / part).rglob("*.*")}
+    command(monkeypatch, *arguments)  # all is done
+    assert {path: path.stat().st_mtime_ns for part in ("runs", "cells") for path in (out / part).rglob("*.*")} == before
+
+
+def test_a_study_that_fails_says_so(files: StudyFiles, monkeypatch: pytest.MonkeyPatch, started: list[str]) -> None:
+    files.parts["RUNS"] = {"bad": None, "good": None}
+    files.parts["BACKBONES"] = {"random": "random"}
+    files.write_study()
+    with pytest.raises(SystemExit) as caught:
+        command(monkeypatch, "--study", files.study, "--output", files.root / "out", "--seeds", 2)
+    assert caught.value.code == "error: The pre-training has 1 problem:\n  1. bad, seed 0 failed."
+    assert started == ["seed0/bad", "seed0/good"]
+
+
+@pytest.mark.parametrize(
+    ("part", "value", "message"),
+    [
+        ("SUITE", {"TRANSFER": {"SETS": {"pics": {"TEST": "s_pic"}}}}, "the unknown data set 's_pic'"),
+        ("RUNS", {"expanding": ["SOLVER.MAXITER", 3]}, "run expanding: There is no setting SOLVER.MAXITER"),
+    ],
+)
+def test_a_study_is_checked_before_anything_is_trained(
+    files: StudyFiles, monkeypatch: pytest.MonkeyPatch, started: list[str], part: str, value: Any, message: str
+) -> None:
+    if part == "SUITE":
+        path = files.root / "other.yaml"
+        path.write_text(yaml.safe_dump({"_BASE_": str(files.file), **value}))
+        value = str(path)
+    files.parts[part] = value
+    files.parts["BACKBONES"] = {"random": "random"}
+    files.write_study()
+    with pytest.raises(SystemExit) as caught:
+        command(monkeypatch, "--study", files.study, "--output", files.root / "out")
+    assert message in str(caught.value.code)
+    assert started == []
+    assert not (files.root / "out").exists()
