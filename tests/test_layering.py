@@ -31,8 +31,20 @@ ALLOWED: dict[str, set[str]] = {
     "modeling.plug_in": {"specs", "config", "checkpoint.load", "modeling.expanded"},
     "checkpoint": {"specs", "checkpoint"},
     "evaluation": {"specs", "data", "checkpoint", "evaluation"},
-    "report": {"specs", "data", "evaluation", "report"},
+    "results": {"specs", "results"},
+    "report": {"specs", "data", "evaluation", "results", "report"},
     "engine": {"specs", "config", "data", "modeling", "checkpoint", "evaluation", "report", "engine"},
+    "transfer": {
+        "specs",
+        "config",
+        "data",
+        "modeling",
+        "checkpoint",
+        "evaluation",
+        "engine",
+        "results",
+        "transfer",
+    },
 }
 
 

@@ -8,13 +8,22 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
-CONFIGS = sorted(path.relative_to(ROOT) for path in (ROOT / "configs/quick").glob("*.yaml"))
+TESTED = {
+    "quick/openmoji.yaml",
+    "quick/real.yaml",
+    "transfer/openmoji12.yaml",
+    "transfer/openmoji12_pretrain.yaml",
+    "transfer/openmoji12_study.yaml",
+    "transfer/paper12.yaml",
+    "transfer/real12.yaml",
+    "transfer/real12_pretrain.yaml",
+    "transfer/real12_study.yaml",
+}
 
 
-def dry_run(config, data, tmp_path):
-    output = ["OUTPUT_DIR", str(tmp_path / "out")]
+def dry_run(*command, data):
     return subprocess.run(
-        [sys.executable, "train_net.py", "--config-file", str(config), "--dry-run", *output],
+        [sys.executable, *map(str, command), "--dry-run"],
         capture_output=True,
         text=True,
         cwd=ROOT,
@@ -22,25 +31,64 @@ def dry_run(config, data, tmp_path):
     )
 
 
+@pytest.fixture(scope="module")
+def openmoji(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("data")
+    make = [sys.executable, "datasets/prepare_openmoji.py", "--scale", "0.03", "--output", str(folder / "openmoji")]
+    subprocess.run(make, cwd=ROOT, check=True, capture_output=True)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def photographs():
+    root = Path(os.environ.get("DETECTRON2_DATASETS", "nowhere"))
+    if not (root / "upstream/cls_caltech99").is_dir():
+        pytest.skip("needs the photographs that the config names, under $DETECTRON2_DATASETS")
+    return root
+
+
 def test_nothing_is_shipped_untested():
-    assert {str(path) for path in CONFIGS} == {"configs/quick/openmoji.yaml", "configs/quick/real.yaml"}
+    configs = ROOT / "configs"
+    found = [path for folder in ("quick", "transfer") for path in (configs / folder).glob("*.yaml")]
+    assert {str(path.relative_to(configs)) for path in found} == TESTED
 
 
-def test_openmoji(tmp_path):
-    sets = ["up_cls", "up_det", "up_seg", "down_cls_food"]
-    make = [sys.executable, "datasets/prepare_openmoji.py", "--scale", "0.03", "--output", str(tmp_path / "openmoji")]
-    subprocess.run([*make, "--only", *sets], cwd=ROOT, check=True, capture_output=True)
-    done = dry_run("configs/quick/openmoji.yaml", tmp_path, tmp_path)
+def test_quick_openmoji(openmoji, tmp_path):
+    config = ["--config-file", "configs/quick/openmoji.yaml", "OUTPUT_DIR", tmp_path / "out"]
+    done = dry_run("train_net.py", *config, data=openmoji)
     assert done.returncode == 0, done.stderr
     assert done.stderr == ""
     assert "icons     classification" in done.stdout
     assert not (tmp_path / "out").exists()
 
 
-def test_real(tmp_path):
-    root = Path(os.environ.get("DETECTRON2_DATASETS", "nowhere"))
-    if not (root / "upstream/cls_caltech99").is_dir():
-        pytest.skip("needs the photographs that configs/quick/real.yaml names, under $DETECTRON2_DATASETS")
-    done = dry_run("configs/quick/real.yaml", root, tmp_path)
+def test_quick_real(photographs, tmp_path):
+    config = ["--config-file", "configs/quick/real.yaml", "OUTPUT_DIR", tmp_path / "out"]
+    done = dry_run("train_net.py", *config, data=photographs)
     assert done.returncode == 0, done.stderr
     assert "facade    detection" in done.stdout
+
+
+def test_study_openmoji(openmoji, tmp_path):
+    study = ["--study", "configs/transfer/openmoji12_study.yaml", "--output", tmp_path / "out"]
+    done = dry_run("tools/study.py", *study, data=openmoji)
+    assert done.returncode == 0, done.stderr
+    assert "squeezed: xlearner/student_d2.pth" in done.stdout
+    assert not (tmp_path / "out").exists()
+
+
+def test_study_real(photographs, tmp_path):
+    study = ["--study", "configs/transfer/real12_study.yaml", "--output", tmp_path / "out"]
+    done = dry_run("tools/study.py", *study, data=photographs)
+    assert done.returncode == 0, done.stderr
+    assert "single/coco_boxes: single_coco_boxes/expanded.pth:detection" in done.stdout
+
+
+def test_suite_paper_names_all_that_is_missing(tmp_path):
+    suite = ["--suite", "configs/transfer/paper12.yaml", "--output", tmp_path / "out"]
+    done = dry_run("tools/transfer.py", *suite, data=tmp_path)
+    assert done.returncode != 0
+    assert "The suite has 25 problems" in done.stderr
+    for place in ("cifar-10-batches-py", "food-101", "SUN397", "VOC2007", "widerface", "VOC2012/JPEGImages"):
+        assert place in done.stderr
+    assert not (tmp_path / "out").exists()

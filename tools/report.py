@@ -11,7 +11,7 @@ from pathlib import Path
 
 from xlearner_d2.report.transfer import choose_primary, read_studies, write_report
 from xlearner_d2.specs import ConfigError
-from xlearner_d2.transfer.statistics import analyse
+from xlearner_d2.results.statistics import analyse
 
 
 def parse_args() -> argparse.Namespace:

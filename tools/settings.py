@@ -1,4 +1,4 @@
-"""Write docs/SETTINGS.md from the comments of xlearner_d2/config.py and the docstrings of xlearner_d2/specs.py.
+"""Write docs/SETTINGS.md from the comments of xlearner_d2/config.py and the docstrings of the records.
 
 python tools/settings.py [--check]
 """
@@ -11,11 +11,17 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 OUTPUT = ROOT / "docs/SETTINGS.md"
-RECORDS = {"DATASETS": "DatasetSpec", "SOURCES": "SourceSpec", "PROBES": "ProbeSpec"}
+RECORDS = {
+    "XLEARNER.DATASETS": ("specs.py", "DatasetSpec"),
+    "XLEARNER.SOURCES": ("specs.py", "SourceSpec"),
+    "XLEARNER.PROBES": ("specs.py", "ProbeSpec"),
+    "TRANSFER.SETS": ("transfer/suite.py", "SetSpec"),
+    "TRANSFER.PROTOCOLS": ("transfer/suite.py", "ProtocolSpec"),
+}
 HEADER = """# Settings
 
 What this project adds to Detectron2's settings. Written by `python tools/settings.py`; edit the comments there instead:
-`xlearner_d2/config.py`, `xlearner_d2/specs.py`.
+`xlearner_d2/config.py`, `xlearner_d2/specs.py`, `xlearner_d2/transfer/suite.py`.
 
 """
 
@@ -42,7 +48,7 @@ def read_settings(source: str) -> list[tuple[str, str, str]]:
 
 
 def read_record(source: str, name: str) -> list[tuple[str, str, str]]:
-    """(key, default, meaning) of each field of a dataclass in specs.py."""
+    """(key, default, meaning) of each field of a dataclass."""
     tree = ast.parse(source)
     record = next(node for node in tree.body if isinstance(node, ast.ClassDef) and node.name == name)
     text = re.sub(r"\n\s{8,}(?=\S)", " ", (ast.get_docstring(record, clean=False) or "").split("Attributes:")[1])
@@ -67,10 +73,10 @@ def table(rows: list[tuple[str, str, str]], first: str) -> str:
 def render() -> str:
     """The whole page."""
     config = (ROOT / "xlearner_d2/config.py").read_text(encoding="utf-8")
-    specs = (ROOT / "xlearner_d2/specs.py").read_text(encoding="utf-8")
     parts = [table(read_settings(config), "setting")]
-    for section, record in RECORDS.items():
-        parts.append(f"## A record of `XLEARNER.{section}`\n\n{table(read_record(specs, record), 'key')}")
+    for section, (file, record) in RECORDS.items():
+        source = (ROOT / "xlearner_d2" / file).read_text(encoding="utf-8")
+        parts.append(f"## A record of `{section}`\n\n{table(read_record(source, record), 'key')}")
     return HEADER + "\n\n".join(parts) + "\n"
 
 

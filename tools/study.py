@@ -35,6 +35,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--output", required=True, help="folder of the study")
     parser.add_argument("--subject", default="squeezed", help="the backbone that is judged (default: %(default)s)")
     parser.add_argument("--jobs", type=positive, default=1, help="runs and cells at a time (default: %(default)s)")
+    parser.add_argument("--dry-run", action="store_true", help="check all configs and data, list the runs, stop")
     return parser.parse_args()
 
 
@@ -47,6 +48,9 @@ def main(args: argparse.Namespace) -> None:
     study, folder = load_study(args.study), Path(args.output)
     check_suite(study.suite)
     check_runs(study)
+    if args.dry_run:
+        print("\n".join(f"{name}: {text}" for name, text in study.backbones.items()))
+        return
     for seed in range(args.first_seed, args.first_seed + args.seeds):
         failed = run_pretraining(study, [seed], folder, jobs=args.jobs)
         if failed:
@@ -57,6 +61,7 @@ def main(args: argparse.Namespace) -> None:
 
 if __name__ == "__main__":
     logging.basicConfig(level=logging.INFO, format="[%(asctime)s] %(message)s", datefmt="%H:%M:%S")
+    logging.getLogger("detectron2").setLevel(logging.WARNING)  # it tells of each set that it reads
     try:
         main(parse_args())
     except ConfigError as error:

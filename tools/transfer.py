@@ -70,6 +70,7 @@ def main(args: argparse.Namespace) -> None:
 
 if __name__ == "__main__":
     logging.basicConfig(level=logging.INFO, format="[%(asctime)s] %(message)s", datefmt="%H:%M:%S")
+    logging.getLogger("detectron2").setLevel(logging.WARNING)  # it tells of each set that it reads
     try:
         main(parse_args())
     except ConfigError as error:

@@ -7,7 +7,7 @@ import difflib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import MISSING, dataclass, fields
 from types import UnionType
-from typing import TYPE_CHECKING, Any, TypeVar, get_origin
+from typing import TYPE_CHECKING, Any, TypeVar, get_args, get_origin
 
 from torch import nn
 
@@ -133,6 +133,7 @@ _KINDS: dict[type, tuple[tuple[type, ...], str]] = {
     float: ((int, float), "a number"),
     tuple: ((list, tuple), "a list"),
 }
+_PLURALS = {str: "strings", int: "whole numbers"}
 
 
 def nearest(name: str, known: Iterable[str]) -> str:
@@ -151,8 +152,11 @@ def _check_value(where: str, key: str, value: Any, kind: Any) -> list[str]:
     expected, words = _KINDS[tuple if isinstance(kind, UnionType) else get_origin(kind) or kind]
     if not isinstance(value, expected) or isinstance(value, bool):
         return [f"{where}.{key} is {value!r}, but {words} is expected."]
-    if isinstance(value, list | tuple) and key != "OPTS" and not all(isinstance(item, str) for item in value):
-        return [f"{where}.{key} is {list(value)!r}, but a list of strings is expected."]
+    if not isinstance(value, list | tuple):
+        return []
+    wanted = str if isinstance(kind, UnionType) else get_args(kind)[0]
+    if wanted is not Any and not all(isinstance(item, wanted) for item in value):
+        return [f"{where}.{key} is {list(value)!r}, but a list of {_PLURALS[wanted]} is expected."]
     return []
 
 

@@ -16,6 +16,7 @@ from xlearner_d2 import XLearner, add_xlearner_config
 from xlearner_d2.checkpoint.export import export_student, save_expanded
 from xlearner_d2.modeling.expanded import build_branch
 from xlearner_d2.modeling.heads import derive_tasks, head_config
+from xlearner_d2.modeling.plug_in import expanded_branch
 from xlearner_d2.specs import ConfigError, parse_sources
 
 C4 = "COCO-Detection/faster_rcnn_R_50_C4_1x.yaml"
@@ -142,6 +143,61 @@ def test_freeze_at(saved: Saved, tiny_cfg: CfgNode, freeze_at: int) -> None:
         learns = {p.requires_grad for p in getattr(own, stage).parameters()}
         assert learns == {number > freeze_at}
     assert_same_features(branch.eval(), expanded, "detection")
+
+
+def parameters_up_to(branch: nn.Module, task: str, number: int) -> dict[str, bool]:
+    """Of a task's stem and first stages, and of the layers that lead into these: whether each learns."""
+    parts = {"stem": branch.backbone.branches[task].stem}
+    layers = branch.backbone.reconciliation[task].layers
+    for stage in ("res2", "res3", "res4", "res5")[: max(number - 1, 0)]:
+        parts[stage] = getattr(branch.backbone.branches[task], stage)
+        of_stage = {f"{name}.{key}": of[key] for name, of in layers.items() for key in of if key.endswith(f"_{stage}")}
+        parts |= of_stage
+    chosen = parts if number else {}
+    return {f"{name}.{key}": p.requires_grad for name, part in chosen.items() for key, p in part.named_parameters()}
+
+
+@pytest.mark.parametrize("sharing", ["detached", "bidirectional"])
+@pytest.mark.parametrize("freeze_at", [0, 1, 2, 4, 5])
+def test_what_is_frozen_is_frozen_in_what_leads_into_it(saved: Saved, sharing: str, freeze_at: int) -> None:
+    expanded, path = saved("XLEARNER.SHARING", sharing)
+    branch = expanded_branch(str(path), "detection", out_features=["res2", "res3", "res4", "res5"])
+    free = {name for name, p in branch.named_parameters() if p.requires_grad}
+    frozen = parameters_up_to(branch, "detection", freeze_at)
+    assert branch.freeze(freeze_at) is branch
+    after = parameters_up_to(branch, "detection", freeze_at)
+    assert not any(after.values())
+    assert bool(after) == (freeze_at > 0)
+    norms = {name for name in frozen if ".norm." in name}
+    assert not norms & after.keys()  # they are buffers of frozen norm layers now
+    left = {name for name, p in branch.named_parameters() if p.requires_grad}
+    assert len(left) == (0 if freeze_at == 5 else len(free) - len(frozen))
+    assert_same_features(branch.train(freeze_at == 5), expanded, "detection")
+
+
+@pytest.mark.parametrize("sharing", ["detached", "bidirectional", "separate", "shared"])
+def test_frozen_as_a_whole_it_stays_as_it_is(saved: Saved, make_batches: Callable[..., Any], sharing: str) -> None:
+    _, path = saved("XLEARNER.SHARING", sharing)
+    branch = expanded_branch(str(path), "detection", out_features=["res5"]).freeze(5).train()
+    before = {name: value.clone() for name, value in branch.state_dict().items()}
+    assert not branch(images())["res5"].requires_grad
+    assert all(torch.equal(value, before[name]) for name, value in branch.state_dict().items())
+
+
+def test_what_is_not_frozen_learns_from_the_others(saved: Saved) -> None:
+    _, path = saved("XLEARNER.SHARING", "detached")
+    branch = expanded_branch(str(path), "detection", out_features=["res5"]).freeze(2)
+    branch(images())["res5"].square().mean().backward()
+    layers = branch.backbone.reconciliation["detection"].layers["segmentation"]
+    assert {key: p.grad is not None for key, layer in layers.items() for p in layer.parameters()} == {
+        key: not key.endswith("_to_res2") for key in layers
+    }
+
+
+def test_a_branch_of_no_such_task(saved: Saved) -> None:
+    _, path = saved()
+    with pytest.raises(ConfigError, match=r"'detektion' is no task of .*expanded\.pth\. Did you mean 'detection'\?"):
+        expanded_branch(str(path), "detektion", out_features=["res5"])
 
 
 def test_frozen_norm(saved: Saved, tiny_cfg: CfgNode) -> None:

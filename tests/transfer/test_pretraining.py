@@ -30,7 +30,7 @@ from xlearner_d2.transfer.pretraining import (
     load_study,
     run_pretraining,
 )
-from xlearner_d2.transfer.records import read_records
+from xlearner_d2.results.records import read_records
 
 DEADLINE = 240
 
@@ -247,6 +247,11 @@ def command(monkeypatch: pytest.MonkeyPatch, *arguments: object) -> None:
     runpy.run_path(str(ROOT / "tools/study.py"), run_name="__main__")
 
 
+def when_written(out: Path) -> dict[Path, int]:
+    """Without the report, which is made anew."""
+    return {path: path.stat().st_mtime_ns for part in ("runs", "cells") for path in (out / part).rglob("*.*")}
+
+
 def test_a_killed_study_is_completed(files: StudyFiles, monkeypatch: pytest.MonkeyPatch) -> None:
     """Its first run outlives it, and is not run a second time."""
     out = files.root / "out"
@@ -266,9 +271,9 @@ def test_a_killed_study_is_completed(files: StudyFiles, monkeypatch: pytest.Monk
     assert {(record.backbone, record.protocol) for record in records} == {
         (name, "knn") for name in ("random", "single", "squeezed")
     }
-    before = {path: path.stat().st_mtime_ns for part in ("runs", "cells") for path in (out / part).rglob("*.*")}
+    before = when_written(out)
     command(monkeypatch, *arguments)  # all is done
-    assert {path: path.stat().st_mtime_ns for part in ("runs", "cells") for path in (out / part).rglob("*.*")} == before
+    assert when_written(out) == before
 
 
 def test_a_study_that_fails_says_so(files: StudyFiles, monkeypatch: pytest.MonkeyPatch, started: list[str]) -> None:

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from xml.etree.ElementTree import Element
 
-from ..transfer.study import ROLES, Estimate, role_of
+from ..results.study import ROLES, Estimate, role_of
 from .markup import drawing, element
 from .wording import estimate
 

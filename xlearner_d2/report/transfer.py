@@ -9,10 +9,10 @@ from pathlib import Path
 from typing import Any
 
 from ..specs import ConfigError
-from ..transfer.consistency import cell_key
-from ..transfer.records import CellRecord, read_record
-from ..transfer.statistics import analyse
-from ..transfer.study import Goal, Study
+from ..results.consistency import cell_key
+from ..results.records import CellRecord, read_record
+from ..results.statistics import analyse
+from ..results.study import Goal, Study
 from .transfer_page import render
 from .transfer_tables import all_markdown
 

@@ -4,8 +4,8 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from xml.etree.ElementTree import Element
 
-from ..transfer.records import CellRecord
-from ..transfer.study import OVERALL, Study, role_of
+from ..results.records import CellRecord
+from ..results.study import OVERALL, Study, role_of
 from . import transfer_tables as tables
 from .charts import Line, Row, bars, curves, forest
 from .markup import Child, element, page, table

@@ -4,8 +4,8 @@ from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
-from ..transfer.records import CellRecord
-from ..transfer.study import LEVEL, OVERALL, Check, Estimate, Study, backbone_order, role_of
+from ..results.records import CellRecord
+from ..results.study import LEVEL, OVERALL, Check, Estimate, Study, backbone_order, role_of
 from .wording import NOTHING, estimate, goal_name, number, outcome, plural, probability, sentence, values
 
 

@@ -1,6 +1,6 @@
 """Numbers of a study in words, alike in pages and tables."""
 
-from ..transfer.study import Estimate, Verdict
+from ..results.study import Estimate, Verdict
 
 NOTHING = "–"
 

@@ -53,12 +53,21 @@ def run_protocol(
         return fine_tune(suite, spec, protocol, backbone, seed=seed)
     train, test = _features(suite, spec, protocol, backbone, seed=seed, cache=cache)
     rows = _share(len(train[1]), protocol.train_share, seed=seed)
-    train = _draw_per_class((train[0][rows], train[1][rows]), protocol.images_per_class, seed=seed)
+    train = (train[0][rows], train[1][rows])
+    value, details = _probe(protocol, train, test, images_per_class=protocol.images_per_class, seed=seed)
+    curve = [[n, _probe(protocol, train, test, images_per_class=n, seed=seed)[0]] for n in protocol.curve]
+    return value, {**details, "curve": curve} if curve else details
+
+
+def _probe(
+    protocol: ProtocolSpec, train: Labelled, test: Labelled, *, images_per_class: int, seed: int
+) -> tuple[float, dict[str, Any]]:
+    """The metric and other figures of a probe with so many training images of each class; 0 takes all."""
+    train = _draw_per_class(train, images_per_class, seed=seed)
     if protocol.kind == "knn":
         return knn_probe(train, test, k=protocol.k), {"num_train": len(train[1])}
     result = asdict(linear_probe(train, test, seed=seed))
-    value = result["mean_class_acc" if protocol.metric == "mean_class_acc" else "accuracy"]
-    return value, result
+    return result["mean_class_acc" if protocol.metric == "mean_class_acc" else "accuracy"], result
 
 
 def trivial_value(spec: SetSpec, protocol: ProtocolSpec) -> float:

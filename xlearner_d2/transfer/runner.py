@@ -19,7 +19,7 @@ import torch
 from ..config import load_config
 from .backbones import BackboneSpec, fingerprint
 from .protocols import run_protocol, trivial_value
-from .records import CellRecord, cell_file, read_record, write_record
+from ..results.records import CellRecord, cell_file, read_record, write_record
 from .suite import Suite, parse_suite
 
 logger = logging.getLogger(__name__)

@@ -3,7 +3,7 @@
 import hashlib
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import MISSING, asdict, dataclass, fields
 from typing import Any
 
 from detectron2.config import CfgNode
@@ -17,7 +17,13 @@ from ..modeling.heads import find_config
 from ..specs import ConfigError, DatasetSpec, nearest, parse_datasets, parse_record
 
 FAMILIES = ("classification", "detection", "segmentation")
-KINDS = ("linear_probe", "knn", "fine_tune")
+#: kind -> the options that have a meaning for it, besides its metric
+USED = {
+    "linear_probe": {"image_size", "feature", "images_per_class", "curve", "train_share"},
+    "knn": {"image_size", "feature", "k", "images_per_class", "curve", "train_share"},
+    "fine_tune": {"config", "ims_per_batch", "opts", "train_share"},
+}
+KINDS = tuple(USED)
 #: What Detectron2's evaluators call the results of each family; a fine-tuning's metric starts with one of them.
 RESULTS = {
     "classification": ("classification",),
@@ -34,13 +40,15 @@ class ProtocolSpec:
         name: of the protocol.
         kind: linear_probe (multinomial logistic regression on frozen features, its regularisation chosen on a
             held-out fifth of the training images), knn (by cosine similarity of frozen features) or fine_tune (train
-            the model of ``config``; ``MODEL.BACKBONE.FREEZE_AT: 5`` there keeps the backbone frozen).
-        metric: linear_probe and knn: top1 or, for the former, mean_class_acc; fine_tune: as Detectron2's
-            evaluators call it, such as bbox/AP or sem_seg/mIoU.
+            the model of ``config``, where ``MODEL.BACKBONE.FREEZE_AT`` 5 keeps the backbone frozen).
+        metric: top1 or mean_class_acc (linear_probe), top1 (knn), or as Detectron2's evaluators call it, such as
+            bbox/AP or sem_seg/mIoU (fine_tune).
         image_size: side in pixels of the squares that are cropped (linear_probe, knn).
         feature: the stage that is pooled (linear_probe, knn).
         k: neighbours that vote (knn).
         images_per_class: of the training images so many of each class, drawn by the seed; 0 takes all
+            (linear_probe, knn).
+        curve: numbers of images of each class for which the report draws a curve, beside the value
             (linear_probe, knn).
         train_share: of the training images this share, drawn by the seed.
         config: the Detectron2 config to train; a file or a model-zoo path (fine_tune).
@@ -55,6 +63,7 @@ class ProtocolSpec:
     feature: str = "res5"
     k: int = 10
     images_per_class: int = 0
+    curve: tuple[int, ...] = ()
     train_share: float = 1.0
     config: str = ""
     ims_per_batch: int = 16
@@ -155,9 +164,23 @@ def _check_probe(spec: ProtocolSpec, where: str) -> list[str]:
         problems.append(f"{where}.METRIC is {spec.metric!r}.{nearest(spec.metric, known)}")
     if spec.feature not in STAGES:
         problems.append(f"{where}.FEATURE is {spec.feature!r}.{nearest(spec.feature, STAGES)}")
-    if spec.kind == "linear_probe" and spec.images_per_class == 1:
-        problems.append(f"{where}.IMAGES_PER_CLASS is 1, but one more is held out to choose the regularisation.")
+    for key, counts in (("IMAGES_PER_CLASS", [spec.images_per_class]), ("CURVE", spec.curve)):
+        if spec.kind == "linear_probe" and 1 in counts:
+            problems.append(f"{where}.{key} is 1, but one more is held out to choose the regularisation.")
+    if min(spec.curve, default=1) < 1:
+        problems.append(f"{where}.CURVE is {list(spec.curve)}, but numbers of at least 1 are expected.")
     return problems
+
+
+def _unused(spec: ProtocolSpec, where: str) -> list[str]:
+    """Options that are given, but mean nothing for the kind."""
+    return [
+        f"{where}.{field.name.upper()} has no meaning for KIND {spec.kind}."
+        for field in fields(spec)
+        if field.name not in USED[spec.kind]
+        and field.default is not MISSING
+        and getattr(spec, field.name) != field.default
+    ]
 
 
 def _check_protocol(spec: ProtocolSpec, where: str) -> list[str]:
@@ -172,6 +195,7 @@ def _check_protocol(spec: ProtocolSpec, where: str) -> list[str]:
     ):
         if value < low:
             problems.append(f"{where}.{key} is {value}, but at least {low} is expected.")
+    problems += _unused(spec, where)
     if not 0 < spec.train_share <= 1:
         problems.append(f"{where}.TRAIN_SHARE is {spec.train_share}, but more than 0 and at most 1 is expected.")
     return problems

@@ -12,9 +12,9 @@ from hypothesis import strategies as st
 from scipy import stats
 
 from xlearner_d2.specs import ConfigError
-from xlearner_d2.transfer.records import CellRecord
-from xlearner_d2.transfer.statistics import analyse
-from xlearner_d2.transfer.study import Comparison, Estimate, Goal, Study
+from xlearner_d2.results.records import CellRecord
+from xlearner_d2.results.statistics import analyse
+from xlearner_d2.results.study import Comparison, Estimate, Goal, Study
 
 FAMILIES = {"pets": "classification", "digits": "classification", "cells": "detection", "roads": "segmentation"}
 BACKBONES = ("random", "single/icons", "single/scenes", "shared", "separate", "expanded/a", "expanded/b", "squeezed")
