@@ -10,8 +10,8 @@ import sys
 from pathlib import Path
 
 from xlearner_d2.report.transfer import choose_primary, read_studies, write_report
-from xlearner_d2.specs import ConfigError
 from xlearner_d2.results.statistics import analyse
+from xlearner_d2.specs import ConfigError
 
 
 def parse_args() -> argparse.Namespace:

@@ -22,10 +22,10 @@ from xlearner_d2.report.markup import element, page
 from xlearner_d2.report.transfer import choose_primary, read_results, read_studies, write_report
 from xlearner_d2.report.transfer_tables import Table, duration, markdown
 from xlearner_d2.report.wording import number, outcome, sentence
-from xlearner_d2.specs import ConfigError
 from xlearner_d2.results.records import CellRecord, cell_file, write_record
 from xlearner_d2.results.statistics import analyse
 from xlearner_d2.results.study import Estimate, Goal, Verdict
+from xlearner_d2.specs import ConfigError
 
 TOOL = Path(__file__).resolve().parents[2] / "tools/report.py"
 SETS = {"pets": "classification", "digits": "classification", "cells": "detection", "roads": "segmentation"}

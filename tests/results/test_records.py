@@ -9,8 +9,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from xlearner_d2.specs import ConfigError
 from xlearner_d2.results.records import CellRecord, cell_file, read_record, read_records, write_record
+from xlearner_d2.specs import ConfigError
 
 RECORD = CellRecord(
     suite="tiny",

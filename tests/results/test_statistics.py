@@ -11,10 +11,10 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from scipy import stats
 
-from xlearner_d2.specs import ConfigError
 from xlearner_d2.results.records import CellRecord
 from xlearner_d2.results.statistics import analyse
 from xlearner_d2.results.study import Comparison, Estimate, Goal, Study
+from xlearner_d2.specs import ConfigError
 
 FAMILIES = {"pets": "classification", "digits": "classification", "cells": "detection", "roads": "segmentation"}
 BACKBONES = ("random", "single/icons", "single/scenes", "shared", "separate", "expanded/a", "expanded/b", "squeezed")

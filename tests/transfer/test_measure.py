@@ -12,11 +12,11 @@ from pathlib import Path
 import pytest
 from tiny_suite import ROOT, TinySuite, fine_tune, one_set
 
+from xlearner_d2.results.records import CellRecord, read_records
 from xlearner_d2.specs import ConfigError
 from xlearner_d2.transfer import measure as measuring
 from xlearner_d2.transfer.backbones import BackboneSpec, parse_backbones
 from xlearner_d2.transfer.measure import measure
-from xlearner_d2.results.records import CellRecord, read_records
 from xlearner_d2.transfer.runner import Cell, all_cells, run_cell, unfinished
 
 DIVERGING = ["SOLVER.BASE_LR", 1e38, "SOLVER.CLIP_GRADIENTS.ENABLED", False, "SOLVER.MAX_ITER", 3]

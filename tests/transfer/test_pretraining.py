@@ -19,6 +19,7 @@ import yaml
 from disk_data import SIZE
 from tiny_suite import NARROW, ROOT, TinySuite
 
+from xlearner_d2.results.records import read_records
 from xlearner_d2.specs import ConfigError
 from xlearner_d2.transfer import pretraining
 from xlearner_d2.transfer.backbones import BackboneSpec, parse_backbones
@@ -30,7 +31,6 @@ from xlearner_d2.transfer.pretraining import (
     load_study,
     run_pretraining,
 )
-from xlearner_d2.results.records import read_records
 
 DEADLINE = 240
 

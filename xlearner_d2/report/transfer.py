@@ -8,11 +8,11 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-from ..specs import ConfigError
 from ..results.consistency import cell_key
 from ..results.records import CellRecord, read_record
 from ..results.statistics import analyse
 from ..results.study import Goal, Study
+from ..specs import ConfigError
 from .transfer_page import render
 from .transfer_tables import all_markdown
 

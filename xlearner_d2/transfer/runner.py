@@ -17,9 +17,9 @@ from typing import Any
 import torch
 
 from ..config import load_config
+from ..results.records import CellRecord, cell_file, read_record, write_record
 from .backbones import BackboneSpec, fingerprint
 from .protocols import run_protocol, trivial_value
-from ..results.records import CellRecord, cell_file, read_record, write_record
 from .suite import Suite, parse_suite
 
 logger = logging.getLogger(__name__)
