@@ -43,15 +43,17 @@ def main(args: argparse.Namespace) -> None:
     """Seed by seed, so that a study that is stopped has whole seeds."""
     from xlearner_d2.report.transfer import report_folder
     from xlearner_d2.transfer.measure import check_suite, measure
-    from xlearner_d2.transfer.pretraining import backbones_of, check_runs, load_study, run_pretraining
+    from xlearner_d2.transfer.pretraining import backbones_of, check_output, check_runs, load_study, run_pretraining
 
     study, folder = load_study(args.study), Path(args.output)
     check_suite(study.suite)
     check_runs(study)
+    seeds = range(args.first_seed, args.first_seed + args.seeds)
+    check_output(study, seeds, folder)
     if args.dry_run:
         print("\n".join(f"{name}: {text}" for name, text in study.backbones.items()))
         return
-    for seed in range(args.first_seed, args.first_seed + args.seeds):
+    for seed in seeds:
         failed = run_pretraining(study, [seed], folder, jobs=args.jobs)
         if failed:
             raise ConfigError([f"{name} failed." for name in failed], what="The pre-training")

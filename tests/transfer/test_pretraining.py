@@ -22,11 +22,12 @@ from tiny_suite import NARROW, ROOT, TinySuite
 from xlearner_d2.results.records import read_records
 from xlearner_d2.specs import ConfigError
 from xlearner_d2.transfer import pretraining
-from xlearner_d2.transfer.backbones import BackboneSpec, parse_backbones
+from xlearner_d2.transfer.backbones import BackboneSpec
 from xlearner_d2.transfer.pretraining import (
+    SETTINGS_FILE,
     StudySpec,
-    as_arguments,
     backbones_of,
+    check_output,
     check_runs,
     load_study,
     run_pretraining,
@@ -109,7 +110,6 @@ def test_backbones_are_in_the_files_that_the_runs_leave(files: StudyFiles) -> No
         BackboneSpec(name="squeezed", path="out/runs/seed{seed}/squeezing/student_d2.pth"),
     ]
     assert found[1].file(2) == Path("out/runs/seed2/expanding/expanded.pth")
-    assert parse_backbones(as_arguments(found)) == found
 
 
 def test_shipped_studies_are_read() -> None:
@@ -198,7 +198,7 @@ def started(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
 
 def some_runs(*names: str) -> StudySpec:
-    return StudySpec(suite="", config="c.yaml", runs={name: [] for name in names}, backbones={})
+    return StudySpec(suite="", config="configs/quick/openmoji.yaml", runs={name: [] for name in names}, backbones={})
 
 
 def test_each_run_is_run_once(tmp_path: Path, started: list[str]) -> None:
@@ -308,3 +308,13 @@ def test_a_study_is_checked_before_anything_is_trained(
     assert message in str(caught.value.code)
     assert started == []
     assert not (files.root / "out").exists()
+
+
+def test_a_run_with_other_settings_is_refused(files: StudyFiles, tmp_path: Path) -> None:
+    study = load_study(files.study)
+    folder = tmp_path / "out/runs/seed0/squeezing"
+    folder.mkdir(parents=True)
+    (folder / SETTINGS_FILE).write_text("of another study\n")
+    with pytest.raises(ConfigError, match=r"seed0/squeezing was made with other settings\. Remove it"):
+        check_output(study, [0], tmp_path / "out")
+    check_output(study, [1], tmp_path / "out")

@@ -20,9 +20,12 @@ from ..config import check_config_file, load_config
 from ..engine.plan import make_plan
 from ..specs import ConfigError, nearest
 from .backbones import RANDOM, BackboneSpec
+from .suite import digest, read_config
 
 logger = logging.getLogger(__name__)
 
+#: Beside the output of a run: the digest of its settings.
+SETTINGS_FILE = "settings.sha256"
 KEYS = ("SUITE", "CONFIG", "RUNS", "BACKBONES")
 
 
@@ -107,6 +110,26 @@ def check_runs(study: StudySpec) -> None:
         raise ConfigError(problems, what="The study")
 
 
+def check_output(study: StudySpec, seeds: Sequence[int], folder: Path) -> None:
+    """See that runs that are there already were made with the same settings.
+
+    Raises:
+        ConfigError: naming every run that was not.
+    """
+    problems = []
+    for name, seed in ((name, seed) for seed in seeds for name in study.runs):
+        path = _output(folder, name, seed) / SETTINGS_FILE
+        if path.is_file() and path.read_text(encoding="utf-8").strip() != _settings(study, name):
+            problems.append(f"{path.parent} was made with other settings. Remove it, or set another --output.")
+    if problems:
+        raise ConfigError(problems, what="The output")
+
+
+def _settings(study: StudySpec, name: str) -> str:
+    """SHA-256 of what a run is told."""
+    return digest({"config": read_config(study.config), "opts": list(study.runs[name])})
+
+
 def backbones_of(study: StudySpec, folder: Path) -> list[BackboneSpec]:
     """The study's backbones, in the files its runs leave below ``folder``."""
     found = []
@@ -115,11 +138,6 @@ def backbones_of(study: StudySpec, folder: Path) -> list[BackboneSpec]:
         path = RANDOM if text == RANDOM else str(folder / "runs" / "seed{seed}" / place)
         found.append(BackboneSpec(name=name, path=path, task=task))
     return found
-
-
-def as_arguments(backbones: Sequence[BackboneSpec]) -> list[str]:
-    """As ``--weights`` of tools/transfer.py takes them."""
-    return [f"{b.name}={b.path}{f':{b.task}' if b.task else ''}" for b in backbones]
 
 
 def run_pretraining(study: StudySpec, seeds: Sequence[int], folder: Path, *, jobs: int) -> list[str]:
@@ -156,6 +174,7 @@ def _run(study: StudySpec, name: str, seed: int, folder: Path, *, jobs: int) -> 
         _acquire(lock)
         if _finished(folder, name, seed):
             return 0
+        (output / SETTINGS_FILE).write_text(_settings(study, name) + "\n", encoding="utf-8")
         started = time.monotonic()
         environment = {**os.environ, "OMP_NUM_THREADS": str(threads)}
         code = subprocess.run(

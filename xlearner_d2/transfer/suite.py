@@ -114,33 +114,41 @@ class Suite:
 
     def settings(self, spec: SetSpec, protocol: ProtocolSpec) -> str:
         """SHA-256 of everything in the suite that bears on a cell, so that a changed one is measured again."""
-        what = {"protocol": asdict(protocol), "config": _read(protocol.config)}
-        return _digest({**self._common(spec), **what})
+        what = {"protocol": _given(protocol), "config": read_config(protocol.config) if protocol.config else ""}
+        return digest({**self._common(spec), **what})
 
     def feature_settings(self, spec: SetSpec, protocol: ProtocolSpec) -> str:
         """SHA-256 of everything in the suite that bears on the features of a linear probe, which protocols share."""
-        return _digest({**self._common(spec), "feature": protocol.feature, "image_size": protocol.image_size})
+        return digest({**self._common(spec), "feature": protocol.feature, "image_size": protocol.image_size})
 
     def _common(self, spec: SetSpec) -> dict[str, Any]:
         names = sorted({*spec.train, spec.test})
         return {
             "set": {key: value for key, value in asdict(spec).items() if key != "protocols"},
-            "data": {name: asdict(self.datasets[name]) for name in names if name in self.datasets},
+            "data": {name: _given(self.datasets[name]) for name in names if name in self.datasets},
             "resnets": self.cfg.MODEL.RESNETS,
             "input": [self.cfg.INPUT.FORMAT, self.cfg.MODEL.PIXEL_MEAN, self.cfg.MODEL.PIXEL_STD],
             "amp": self.cfg.SOLVER.AMP.ENABLED,
         }
 
 
-def _digest(what: Mapping[str, Any]) -> str:
+def digest(what: Mapping[str, Any]) -> str:
+    """SHA-256 of settings."""
     return hashlib.sha256(json.dumps(what, sort_keys=True, default=str).encode()).hexdigest()
 
 
-def _read(config: str) -> str:
-    """The content of a head's config, with that of the files it is based on."""
-    if not config:
-        return ""
-    loaded = CfgNode.load_yaml_with_base(find_config(config), allow_unsafe=True)  # checked by parse_suite
+def _given(record: Any) -> dict[str, Any]:
+    """The fields that are not at their defaults, so that an option added later changes no digest."""
+    return {
+        field.name: getattr(record, field.name)
+        for field in fields(record)
+        if field.default is MISSING or getattr(record, field.name) != field.default
+    }
+
+
+def read_config(config: str) -> str:
+    """The content of a config that has been checked, with that of the files it is based on."""
+    loaded = CfgNode.load_yaml_with_base(find_config(config), allow_unsafe=True)
     return json.dumps(loaded, sort_keys=True, default=str)
 
 
