@@ -7,53 +7,40 @@ python tools/study.py --study configs/transfer/openmoji12_study.yaml --seeds 3 -
 import argparse
 import logging
 import os
-import sys
 from pathlib import Path
 
 # Before torch is imported: threads that wait without spinning leave the processors to the other jobs.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
+from xlearner_d2.report.transfer import report_folder
 from xlearner_d2.specs import ConfigError
+from xlearner_d2.transfer.command_line import make_parser, seeds_of, start
+from xlearner_d2.transfer.measure import check_suite, measure
+from xlearner_d2.transfer.pretraining import backbones_of, check_output, check_runs, load_study, run_pretraining
 
 logger = logging.getLogger("xlearner_d2.transfer")
 
 
-def positive(text: str) -> int:
-    """A whole number above 0."""
-    number = int(text)
-    if number < 1:
-        raise ValueError
-    return number
-
-
 def parse_args() -> argparse.Namespace:
     """The command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = make_parser(__doc__ or "", jobs="runs and cells")
     parser.add_argument("--study", required=True, help="a YAML file, as those in configs/transfer")
-    parser.add_argument("--seeds", type=positive, default=3, help="run the seeds 0 … SEEDS-1 (default: %(default)s)")
-    parser.add_argument("--first-seed", type=int, default=0, help="begin with another seed (default: %(default)s)")
     parser.add_argument("--output", required=True, help="folder of the study")
     parser.add_argument("--subject", default="squeezed", help="the backbone that is judged (default: %(default)s)")
-    parser.add_argument("--jobs", type=positive, default=1, help="runs and cells at a time (default: %(default)s)")
-    parser.add_argument("--dry-run", action="store_true", help="check all configs and data, list the runs, stop")
+    parser.add_argument("--dry-run", action="store_true", help="check all configs and data, list the backbones, stop")
     return parser.parse_args()
 
 
 def main(args: argparse.Namespace) -> None:
     """Seed by seed, so that a study that is stopped has whole seeds."""
-    from xlearner_d2.report.transfer import report_folder
-    from xlearner_d2.transfer.measure import check_suite, measure
-    from xlearner_d2.transfer.pretraining import backbones_of, check_output, check_runs, load_study, run_pretraining
-
     study, folder = load_study(args.study), Path(args.output)
     check_suite(study.suite)
     check_runs(study)
-    seeds = range(args.first_seed, args.first_seed + args.seeds)
-    check_output(study, seeds, folder)
+    check_output(study, seeds_of(args), folder)
     if args.dry_run:
         print("\n".join(f"{name}: {text}" for name, text in study.backbones.items()))
         return
-    for seed in seeds:
+    for seed in seeds_of(args):
         failed = run_pretraining(study, [seed], folder, jobs=args.jobs)
         if failed:
             raise ConfigError([f"{name} failed." for name in failed], what="The pre-training")
@@ -62,9 +49,4 @@ def main(args: argparse.Namespace) -> None:
 
 
 if __name__ == "__main__":
-    logging.basicConfig(level=logging.INFO, format="[%(asctime)s] %(message)s", datefmt="%H:%M:%S")
-    logging.getLogger("detectron2").setLevel(logging.WARNING)  # it tells of each set that it reads
-    try:
-        main(parse_args())
-    except ConfigError as error:
-        sys.exit(f"error: {error}")
+    start(main, parse_args())

@@ -11,34 +11,25 @@ PATH is a ResNet checkpoint, "random", or an expanded checkpoint and a task (PAT
 import argparse
 import logging
 import os
-import sys
 from pathlib import Path
 
 # Before torch is imported: threads that wait without spinning leave the processors to the other jobs.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
-from xlearner_d2.specs import ConfigError
+from xlearner_d2.report.transfer import report_folder
+from xlearner_d2.transfer.backbones import parse_backbones
+from xlearner_d2.transfer.command_line import make_parser, seeds_of, start
+from xlearner_d2.transfer.measure import measure
 
 logger = logging.getLogger("xlearner_d2.transfer")
 
 
-def positive(text: str) -> int:
-    """A whole number above 0."""
-    number = int(text)
-    if number < 1:
-        raise ValueError
-    return number
-
-
 def parse_args() -> argparse.Namespace:
     """The command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = make_parser(__doc__ or "", jobs="cells")
     parser.add_argument("--suite", required=True, help="a YAML file, as those in configs/transfer")
     parser.add_argument("--weights", nargs="+", default=["random=random"], metavar="NAME=PATH")
-    parser.add_argument("--seeds", type=positive, default=3, help="run the seeds 0 … SEEDS-1 (default: %(default)s)")
-    parser.add_argument("--first-seed", type=int, default=0, help="begin with another seed (default: %(default)s)")
     parser.add_argument("--output", default="output/transfer", help="folder of the study (default: %(default)s)")
-    parser.add_argument("--jobs", type=positive, default=1, help="cells at a time (default: %(default)s)")
     parser.add_argument("--subject", help="the NAME or role that the report judges (default: the last NAME)")
     parser.add_argument("--dry-run", action="store_true", help="check the suite and all data, list the cells, stop")
     parser.add_argument(
@@ -49,15 +40,11 @@ def parse_args() -> argparse.Namespace:
 
 def main(args: argparse.Namespace) -> None:
     """Check everything, run what is not finished, report."""
-    from xlearner_d2.report.transfer import report_folder
-    from xlearner_d2.transfer.backbones import parse_backbones
-    from xlearner_d2.transfer.measure import measure
-
     backbones = parse_backbones(args.weights)
     measure(
         args.suite,
         backbones,
-        range(args.first_seed, args.first_seed + args.seeds),
+        seeds_of(args),
         Path(args.output),
         opts=args.opts,
         jobs=args.jobs,
@@ -69,9 +56,4 @@ def main(args: argparse.Namespace) -> None:
 
 
 if __name__ == "__main__":
-    logging.basicConfig(level=logging.INFO, format="[%(asctime)s] %(message)s", datefmt="%H:%M:%S")
-    logging.getLogger("detectron2").setLevel(logging.WARNING)  # it tells of each set that it reads
-    try:
-        main(parse_args())
-    except ConfigError as error:
-        sys.exit(f"error: {error}")
+    start(main, parse_args())
