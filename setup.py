@@ -40,6 +40,7 @@ setup(
         "tabulate>=0.9",
         "tensorboard>=2.16",
         "termcolor>=2",
+        "threadpoolctl>=3.1",
         "timm>=1.0.15,<2",
         "torch>=2.14",
         "torchvision>=0.29",

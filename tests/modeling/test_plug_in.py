@@ -210,7 +210,7 @@ def test_frozen_norm(saved: Saved, tiny_cfg: CfgNode) -> None:
 def test_unknown_task_names_the_nearest(saved: Saved, tiny_cfg: CfgNode) -> None:
     _, path = saved()
     cfg = user_cfg(FPN, path, tiny_cfg, task="detektion")
-    with pytest.raises(ConfigError, match=r"TASK is 'detektion', no task of .*\.pth\. Did you mean 'detection'\?"):
+    with pytest.raises(ConfigError, match=r"PLUG_IN\.TASK: 'detektion' is no task of .*\. Did you mean 'detection'\?"):
         build_model(cfg)
 
 

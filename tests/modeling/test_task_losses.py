@@ -7,7 +7,7 @@ import pytest
 import torch
 from detectron2.config import CfgNode
 from detectron2.utils.events import EventStorage
-from torch import Tensor
+from torch import Tensor, nn
 
 from xlearner_d2 import XLearner
 from xlearner_d2.modeling.distill import Distiller
@@ -33,7 +33,7 @@ def make_distiller(make_model: Callable[..., XLearner]) -> MakeDistiller:
     return make
 
 
-def losses_of(distiller: Distiller, batches: Batches) -> dict[str, Tensor]:
+def losses_of(distiller: nn.Module, batches: Batches) -> dict[str, Tensor]:
     torch.manual_seed(0)
     with EventStorage():
         return distiller(batches)
@@ -92,9 +92,7 @@ def test_task_losses_are_those_of_the_learner(make_distiller: MakeDistiller, mak
     """The same model, trained as an expansion of one trunk."""
     batches = make_batches()
     found = losses_of(make_distiller(), batches)
-    torch.manual_seed(0)
-    with EventStorage():
-        alone = make_distiller().learner.train()(batches)
+    alone = losses_of(make_distiller().learner.train(), batches)
     assert alone.keys() == found.keys() - hints(found).keys()
     for name, loss in alone.items():
         torch.testing.assert_close(found[name], loss)
@@ -111,7 +109,7 @@ def test_hint_weight_scales_hints_and_their_gradient_alone(
         torch.testing.assert_close(second[name], loss * (weight if name in hints(first) else 1))
     of_hints = [gradient(sum(hints(losses).values()), d) for losses, d in ((first, plain), (second, weighted))]
     for name, found in of_hints[0].items():
-        torch.testing.assert_close(of_hints[1][name], weight * found, rtol=1e-4, atol=1e-6)
+        assert (of_hints[1][name] - weight * found).norm() <= 1e-3 * weight * found.norm()
 
 
 def test_without_hints_the_student_moves_as_the_learner_would(

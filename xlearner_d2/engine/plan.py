@@ -82,6 +82,11 @@ def _check_squeeze(cfg: CfgNode) -> list[str]:
         )
     if squeeze.DEPTH not in (0, 18, 34, 50, 101, 152):
         problems.append(f"XLEARNER.SQUEEZE.DEPTH is {squeeze.DEPTH}, but 0, 18, 34, 50, 101 or 152 is expected.")
+    if not 0 <= squeeze.HINT_WEIGHT < float("inf"):
+        wish = "a finite number of at least 0 is expected"
+        problems.append(f"XLEARNER.SQUEEZE.HINT_WEIGHT is {squeeze.HINT_WEIGHT}, but {wish}.")
+    if squeeze.HINT_WEIGHT == 0 and not squeeze.TASK_LOSSES:
+        problems.append("XLEARNER.SQUEEZE.HINT_WEIGHT is 0, so the student learns nothing unless TASK_LOSSES is True.")
     for key in squeeze.SOLVER:
         if key not in cfg.SOLVER:
             problems.append(f"XLEARNER.SQUEEZE.SOLVER has the unknown key {key!r}.{nearest(key, cfg.SOLVER)}")

@@ -92,15 +92,18 @@ def _tuples(record: dict[str, Any]) -> dict[str, Any]:
     return {key: tuple(value) if isinstance(value, list) else value for key, value in record.items()}
 
 
-def expanded_branch(path: str, task: str, *, out_features: Sequence[str]) -> ExpandedBranch:
+def expanded_branch(path: str, task: str, *, out_features: Sequence[str], where: str = "") -> ExpandedBranch:
     """The branch of ``task`` from an expanded checkpoint.
+
+    Args:
+        where: start of the message about an unknown task, such as the setting that names it.
 
     Raises:
         ConfigError: when the file is no expanded checkpoint, or has no such task or features.
     """
     backbone = load_expanded_backbone(path)
     if task not in backbone.tasks:
-        raise ConfigError([f"{task!r} is no task of {path}.{nearest(task, backbone.tasks)}"])
+        raise ConfigError([f"{where}{task!r} is no task of {path}.{nearest(task, backbone.tasks)}"])
     return ExpandedBranch(backbone=backbone, task=task, out_features=out_features)
 
 
@@ -111,7 +114,9 @@ def build_xlearner_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> ExpandedBra
     ``MODEL.RESNETS.OUT_FEATURES``, ``MODEL.BACKBONE.FREEZE_AT`` and a frozen ``MODEL.RESNETS.NORM`` are honoured.
     """
     options = cfg.XLEARNER.PLUG_IN
-    branch = expanded_branch(options.WEIGHTS, options.TASK, out_features=cfg.MODEL.RESNETS.OUT_FEATURES)
+    features = cfg.MODEL.RESNETS.OUT_FEATURES
+    where = "XLEARNER.PLUG_IN.TASK: "
+    branch = expanded_branch(options.WEIGHTS, options.TASK, out_features=features, where=where)
     branch.freeze(cfg.MODEL.BACKBONE.FREEZE_AT)
     if cfg.MODEL.RESNETS.NORM == "FrozenBN":
         FrozenBatchNorm2d.convert_frozen_batchnorm(branch)

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from threadpoolctl import threadpool_limits
 
 from ..config import load_config
 from ..results.records import CellRecord, cell_file, read_record, write_record
@@ -145,7 +146,9 @@ def _start_worker(suite_file: str, opts: Sequence[str], counter: Any, jobs: int)
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     # Loaders fork: a spawned loader process would import everything again.
     multiprocessing.set_start_method("fork", force=True)
-    torch.set_num_threads(max(1, (len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 1) // jobs))
+    threads = max(1, (len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 1) // jobs)
+    torch.set_num_threads(threads)
+    threadpool_limits(threads)  # of scikit-learn and of what it is built on
     logging.getLogger("detectron2").setLevel(logging.WARNING)
     logging.getLogger("fvcore").setLevel(logging.WARNING)
     with counter.get_lock():

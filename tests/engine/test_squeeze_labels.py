@@ -1,0 +1,190 @@
+"""The squeeze stage with XLEARNER.SQUEEZE.TASK_LOSSES: heads of its own, exact resume, nothing of them exported."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import Project
+from torch import Tensor
+
+from xlearner_d2.checkpoint.load import read_checkpoint
+from xlearner_d2.engine.plan import Plan, make_plan
+from xlearner_d2.engine.squeeze import SqueezeHook, build_learner, build_squeeze_hook, load_teacher
+from xlearner_d2.engine.trainer import build_loader
+from xlearner_d2.modeling.expanded import TRUNK
+
+LABELS = ("XLEARNER.SQUEEZE.TASK_LOSSES", True)
+
+
+def weights(path: Path) -> dict[str, Tensor]:
+    return read_checkpoint(path)["model"]
+
+
+def same(first: dict[str, Tensor], second: dict[str, Tensor]) -> bool:
+    return first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)
+
+
+def logged(path: Path) -> dict[str, Any]:
+    return json.loads(path.read_text().splitlines()[-1])
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Project:
+    """An expanded model, and a student of two steps that learnt from labels, too."""
+    project = Project(tmp_path_factory.mktemp("finished"))
+    for record in project.content["XLEARNER"]["SOURCES"].values():
+        record["TEST"] = []
+    project.content["XLEARNER"]["PROBES"] = {}
+    project.write(project.content)
+    project.run(*LABELS)
+    return project
+
+
+def plan_of(project: Project, *opts: Any) -> Plan:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("DETECTRON2_DATASETS", str(project.root / "data"))
+        return make_plan(project.load(*LABELS, *opts), world_size=1)
+
+
+def hook_of(project: Project, *opts: Any) -> SqueezeHook:
+    plan = plan_of(project, *opts)
+    return build_squeeze_hook(plan, load_teacher(plan), build_loader(plan), max_iter=2)
+
+
+def squeezed(project: Project, out: Path, *opts: Any, resume: bool = False) -> dict[str, Tensor]:
+    """The student of another squeeze of the same teacher."""
+    teacher = ("XLEARNER.SQUEEZE.TEACHER", project.root / "out/expanded.pth")
+    project.run("XLEARNER.STAGE", "squeeze", "OUTPUT_DIR", out, *teacher, *opts, resume=resume)
+    return weights(out / "student_d2.pth")
+
+
+def test_losses_of_labels_are_logged_with_the_hints(finished: Project) -> None:
+    last = logged(finished.root / "out/squeeze/metrics.json")
+    assert {"loss_hint_detection", "pics/loss_cls", "boxes/loss_mask", "areas/loss_sem_seg"} <= last.keys()
+    assert last["total_loss"] == pytest.approx(sum(value for name, value in last.items() if "loss_" in name), rel=1e-4)
+
+
+def test_labels_reach_the_student(finished: Project, tmp_path: Path) -> None:
+    labels = weights(finished.root / "out/student_d2.pth")
+    assert same(labels, squeezed(finished, tmp_path / "again", *LABELS))
+    for out, opts in (("hints", ()), ("half", (*LABELS, "XLEARNER.SQUEEZE.HINT_WEIGHT", 0.5))):
+        other = squeezed(finished, tmp_path / out, *opts)
+        assert other.keys() == labels.keys()
+        assert not torch.equal(other["stem.conv1.weight"], labels["stem.conv1.weight"])
+
+
+def test_the_student_is_a_backbone_and_nothing_else(finished: Project) -> None:
+    student = weights(finished.root / "out/student_d2.pth")
+    assert {name.split(".")[0] for name in student} == {"stem", "res2", "res3", "res4", "res5"}
+
+
+def test_resumed_squeeze_ends_with_the_same_weights(finished: Project, tmp_path: Path) -> None:
+    """It loses its last step and its result, as if it had been stopped before them."""
+    out = tmp_path / "out"
+    whole = squeezed(finished, out, *LABELS)
+    heads = read_checkpoint(out / "squeeze/model_final.pth")
+    (out / "student_d2.pth").unlink()
+    (out / "squeeze/model_final.pth").unlink()
+    (out / "squeeze/last_checkpoint").write_text("model_0000000.pth")
+    assert same(squeezed(finished, out, *LABELS, resume=True), whole)
+    again = read_checkpoint(out / "squeeze/model_final.pth")
+    states = [_distiller_state(found) for found in (heads, again)]
+    assert any(name.startswith("heads.boxes.") for name in states[0])
+    assert same(*states)
+
+
+def _distiller_state(checkpoint: dict[str, Any]) -> dict[str, Tensor]:
+    (hook,) = [state for state in checkpoint["trainer"]["hooks"].values() if "distiller" in state]
+    return hook["distiller"]
+
+
+def test_a_checkpoint_with_heads_is_not_resumed_without(finished: Project, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    squeezed(finished, out, *LABELS)
+    (out / "student_d2.pth").unlink()
+    with pytest.raises(ValueError, match=r"squeeze stage's checkpoint does not fit .*\n.*heads\..* is unexpected"):
+        squeezed(finished, out, resume=True)
+
+
+def test_heads_start_as_the_teachers(finished: Project) -> None:
+    hook = hook_of(finished)
+    teacher = hook.distiller.teacher
+    for source in ("pics", "boxes", "areas"):
+        assert same(hook.distiller.heads[source].state_dict(), teacher.heads[source].state_dict())
+    own = {id(p) for p in hook.distiller.parameters()}
+    assert not own & {id(p) for p in teacher.parameters()}
+    assert own == {id(p) for group in hook.inner.optimizer.param_groups for p in group["params"]}
+
+
+def test_heads_start_as_far_as_shapes_allow(finished: Project) -> None:
+    """A shallower student has other channels: what reads them starts afresh, the rest is the teacher's."""
+    plan = plan_of(finished, "XLEARNER.SQUEEZE.DEPTH", 18)
+    teacher = load_teacher(plan)
+    learner = build_learner(plan, teacher)
+    assert learner.backbone.branch(TRUNK).output_shape()["res5"].channels == 512
+    own, taught = learner.heads["boxes"].state_dict(), teacher.heads["boxes"].state_dict()
+    equal = {name for name in own if own[name].shape == taught[name].shape}
+    assert {name for name in own.keys() - equal if ".fpn_lateral" not in name} == set()
+    assert all(torch.equal(own[name], taught[name]) for name in equal)
+    assert learner.heads["pics"].linear.in_features == 512
+
+
+def test_without_task_losses_there_are_no_heads(finished: Project) -> None:
+    hook = hook_of(finished, "XLEARNER.SQUEEZE.TASK_LOSSES", False)
+    assert hook.distiller.learner is None
+    assert not [name for name in hook.distiller.state_dict() if name.startswith("heads.")]
+
+
+def test_hint_weight_is_that_of_the_config(finished: Project) -> None:
+    batches = next(iter(build_loader(plan_of(finished))))
+    losses = []
+    for weight in (1.0, 4.0):
+        torch.manual_seed(0)
+        hook = hook_of(finished, "XLEARNER.SQUEEZE.HINT_WEIGHT", weight)
+        losses.append(hook.distiller.eval()(batches))
+    for name, loss in losses[0].items():
+        torch.testing.assert_close(losses[1][name], 4 * loss)
+
+
+def test_online_squeeze_logs_the_students_heads_apart(finished: Project, tmp_path: Path) -> None:
+    """Both models have heads of the same names; the expansion's results are those it has without a student."""
+    out = tmp_path / "online"
+    finished.run(*LABELS, "XLEARNER.SQUEEZE.ONLINE", True, "OUTPUT_DIR", out)
+    last = logged(out / "expand/metrics.json")
+    for name in ("boxes/loss_mask", "boxes/roi_head/num_fg_samples"):
+        assert {name, f"squeeze/{name}"} <= last.keys()
+    assert "squeeze/loss_hint_detection" in last
+    assert same(weights(out / "expanded.pth"), weights(finished.root / "out/expanded.pth"))
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "message"),
+    [
+        ("TASK_LOSSES", "perhaps", "TASK_LOSSES"),
+        ("HINT_WEIGHT", "much", "HINT_WEIGHT"),
+        ("HINT_WEIGHTS", 1.0, r"There is no setting XLEARNER\.SQUEEZE\.HINT_WEIGHTS .* Did you mean 'HINT_WEIGHT'"),
+    ],
+)
+def test_ill_typed_settings_are_refused(finished: Project, key: str, value: Any, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        plan_of(finished, f"XLEARNER.SQUEEZE.{key}", value)
+
+
+@pytest.mark.parametrize(
+    ("opts", "message"),
+    [
+        (
+            ("XLEARNER.SQUEEZE.HINT_WEIGHT", -1.0),
+            r"HINT_WEIGHT is -1\.0, but a finite number of at least 0 is expected",
+        ),
+        (
+            ("XLEARNER.SQUEEZE.HINT_WEIGHT", 0.0, "XLEARNER.SQUEEZE.TASK_LOSSES", False),
+            r"HINT_WEIGHT is 0, so the student learns nothing unless TASK_LOSSES is True",
+        ),
+    ],
+)
+def test_hint_weights_that_make_no_sense_are_refused(finished: Project, opts: tuple[Any, ...], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        plan_of(finished, *opts)
