@@ -10,12 +10,17 @@ from detectron2.config import CfgNode, get_cfg
 from detectron2.data import MetadataCatalog
 from detectron2.modeling import build_model
 from detectron2.structures import BitMasks, Boxes, Instances
+from hypothesis import HealthCheck, settings
 
 from xlearner_d2 import XLearner, add_xlearner_config
 
 # One thread here and in the processes that tests start: results are then the same bit for bit.
 os.environ["OMP_NUM_THREADS"] = "1"
 torch.set_num_threads(1)
+
+# How long an example takes depends on what else the machine does, and is no matter of a test.
+settings.register_profile("xlearner_d2", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("xlearner_d2")
 
 CLASSES = 3
 SIZE = 64

@@ -21,9 +21,9 @@ TESTED = {
 }
 
 
-def dry_run(*command, data):
+def dry_run(script, *options, data):
     return subprocess.run(
-        [sys.executable, *map(str, command), "--dry-run"],
+        [sys.executable, script, "--dry-run", *map(str, options)],
         capture_output=True,
         text=True,
         cwd=ROOT,
