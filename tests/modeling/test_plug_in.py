@@ -157,8 +157,10 @@ def parameters_up_to(branch: nn.Module, task: str, number: int) -> dict[str, boo
     return {f"{name}.{key}": p.requires_grad for name, part in chosen.items() for key, p in part.named_parameters()}
 
 
-@pytest.mark.parametrize("sharing", ["detached", "bidirectional"])
-@pytest.mark.parametrize("freeze_at", [0, 1, 2, 4, 5])
+@pytest.mark.parametrize(
+    ("sharing", "freeze_at"),
+    [("detached", 0), ("detached", 1), ("detached", 2), ("detached", 5), ("bidirectional", 4), ("bidirectional", 5)],
+)
 def test_what_is_frozen_is_frozen_in_what_leads_into_it(saved: Saved, sharing: str, freeze_at: int) -> None:
     expanded, path = saved("XLEARNER.SHARING", sharing)
     branch = expanded_branch(str(path), "detection", out_features=["res2", "res3", "res4", "res5"])

@@ -161,8 +161,7 @@ def test_finished_cells_are_done(study: Study, capsys: pytest.CaptureFixture[str
     found = study.dry_run(capsys)
     assert len(found) == 15
     assert {name for name, done in found.items() if not done} == {name for name in found if "diverging" in name}
-    assert study.files() == before
-    assert not [path for path in study.out.rglob("*") if "part" in path.name]
+    assert study.files() == before  # half-written ones that the killed process left are neither read nor in the way
 
 
 def test_cells_of_other_settings_are_to_do(

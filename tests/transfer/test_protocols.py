@@ -332,3 +332,17 @@ def test_trivial_value_of_segmentation_is_of_the_most_frequent_class(tiny: TinyS
 
 def test_a_metric_may_have_no_trivial_value(suite: Suite) -> None:
     assert math.isnan(protocols.trivial_value(suite.sets["areas"], suite.protocols["pixels"]))
+
+
+@pytest.mark.parametrize(("fixed", "max_bytes", "calls"), [(True, 1000, 3), (True, 10, 7), (False, 1000, 6)])
+def test_records_are_kept_where_they_are_fixed_and_small(fixed: bool, max_bytes: int, calls: int) -> None:
+    drawn = []
+
+    def mapper(record: dict[str, Any], seed: int) -> dict[str, Any]:
+        drawn.append(record)
+        return {"image": torch.full((3, 4), record["value"], dtype=torch.uint8), "seed": seed}
+
+    data = protocols.Mapped([{"value": 1}, {"value": 2}], mapper, fixed=fixed, max_bytes=max_bytes)  # type: ignore[arg-type]
+    for _ in range(3):
+        assert [data[index]["image"][0, 0] for index in range(len(data))] == [1, 2]
+    assert len(drawn) == calls

@@ -253,11 +253,19 @@ def _is_deterministic(cfg: CfgNode) -> bool:
 
 
 class Mapped(Dataset[dict[str, Any]]):
-    """Records as their mapper makes them: kept in memory where they are always the same, else made anew each time."""
+    """Records as their mapper makes them: kept in memory if they are always the same and small, else made each time.
 
-    def __init__(self, records: Sequence[dict[str, Any]], mapper: SourceMapper, *, keep: bool):
+    Args:
+        fixed: whether the mapper gives the same for a record each time.
+        max_bytes: of the images of all records, judged by the first, up to which they are kept.
+    """
+
+    def __init__(
+        self, records: Sequence[dict[str, Any]], mapper: SourceMapper, *, fixed: bool, max_bytes: int = 1024**3
+    ):
         self._records = records
         self._mapper = mapper
+        keep = fixed and mapper(records[0], 0)["image"].nbytes * len(records) <= max_bytes
         self._kept = [mapper(record, 0) for record in records] if keep else None
 
     def __len__(self) -> int:
@@ -285,8 +293,8 @@ def read_mapped(suite: Suite, spec: SetSpec, protocol: ProtocolSpec) -> tuple[Ma
             records = filter_images_with_only_crowd_annotations(records)
         train, test = (SourceMapper(spec.name, build_mapper(cfg, is_train=train)) for train in (True, False))
         _mapped[key] = (
-            Mapped(records, train, keep=_is_deterministic(cfg)),
-            Mapped(DatasetCatalog.get(spec.test), test, keep=True),
+            Mapped(records, train, fixed=_is_deterministic(cfg)),
+            Mapped(DatasetCatalog.get(spec.test), test, fixed=True),
         )
     return _mapped[key]
 
