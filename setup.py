@@ -25,6 +25,7 @@ setup(
     install_requires=[
         "cloudpickle>=3.1",
         "fvcore>=0.1.5.post20221221,<0.1.6",
+        "hotcoco>=1.3,<2",
         "hydra-core>=1.3,<2",
         "iopath>=0.1.9,<0.1.11",
         "matplotlib>=3.9",

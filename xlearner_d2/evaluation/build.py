@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 from detectron2.data import DatasetCatalog, Metadata, MetadataCatalog
-from detectron2.evaluation import COCOEvaluator, DatasetEvaluator, PascalVOCDetectionEvaluator, SemSegEvaluator
+from detectron2.evaluation import DatasetEvaluator, PascalVOCDetectionEvaluator, SemSegEvaluator
 from detectron2.evaluation.coco_evaluation import COCOeval, COCOeval_opt
 from detectron2.evaluation.pascal_voc_evaluation import parse_rec
 from detectron2.utils.file_io import PathManager
@@ -19,6 +19,7 @@ from PIL import Image
 from pycocotools.coco import COCO
 
 from .classification import ClassificationEvaluator
+from .fast_coco import FastCOCOEvaluator
 
 logger = logging.getLogger(__name__)
 
@@ -51,18 +52,18 @@ def main_metric(results: Mapping[str, Mapping[str, float]]) -> dict[str, float]:
 
 @contextlib.contextmanager
 def _stdout_to_log() -> Iterator[None]:
-    """Send what pycocotools prints to the log, at debug level."""
+    """Send what pycocotools or hotcoco prints to the log, at debug level."""
     printed = io.StringIO()
     try:
         with contextlib.redirect_stdout(printed):
             yield
     finally:
         if printed.getvalue().strip():
-            logger.debug("pycocotools:\n%s", printed.getvalue().strip())
+            logger.debug("COCO evaluation:\n%s", printed.getvalue().strip())
 
 
-class QuietCOCOEvaluator(COCOEvaluator):
-    """Detectron2's COCO evaluator, except in four points.
+class QuietCOCOEvaluator(FastCOCOEvaluator):
+    """Detectron2's COCO evaluator, except that it is faster, and in four points.
 
     Nothing is printed; a model that finds no object gets AP 0 instead of NaN (NaN stays where there is no object to be
     found); masks are scored whenever the model predicts them, even if it found nothing, but not when objects of the
@@ -90,12 +91,12 @@ class QuietCOCOEvaluator(COCOEvaluator):
         self._predicts_masks = False
 
     def process(self, inputs: list[dict[str, Any]], outputs: list[dict[str, Any]]) -> None:
-        """See :meth:`COCOEvaluator.process`."""
+        """See :meth:`detectron2.evaluation.COCOEvaluator.process`."""
         super().process(inputs, outputs)
         self._predicts_masks |= any("instances" in out and out["instances"].has("pred_masks") for out in outputs)
 
     def evaluate(self, img_ids: list[int] | None = None) -> dict[str, dict[str, float]]:
-        """See :meth:`COCOEvaluator.evaluate`."""
+        """See :meth:`detectron2.evaluation.COCOEvaluator.evaluate`."""
         with _stdout_to_log():
             return super().evaluate(img_ids)
 
