@@ -159,10 +159,10 @@ class TestPage:
 
     def test_the_verdict_comes_first(self, report: Callable[..., str]) -> None:
         words = Page(report(make_records())).words
-        verdict = re.search(r"squeezed reaches (\d) of 5 goals", words)
+        verdict = re.search(r"squeezed reaches (\d) of 10 goals", words)
         assert verdict is not None
         judged = len(re.findall(r"Reached\. ", words)), len(re.findall(r"Missed by [\d.]+\. ", words))
-        assert judged == (int(verdict[1]), 5 - int(verdict[1]))
+        assert judged == (int(verdict[1]), 10 - int(verdict[1]))
         assert verdict.start() < words.index("Families")
         assert "Preliminary" not in words
 
@@ -181,7 +181,7 @@ class TestPage:
 
     @pytest.mark.parametrize("backbones", [("squeezed",), ("squeezed", "random"), ("squeezed", "imagenet")])
     def test_few_backbones(self, report: Callable[..., str], backbones: tuple[str, ...]) -> None:
-        assert "reaches 0 of 5 goals; 5 cannot be judged." in Page(report(make_records(backbones))).words
+        assert "reaches 0 of 10 goals; 10 cannot be judged." in Page(report(make_records(backbones))).words
 
     def test_curves_only_where_there_are_some(self, report: Callable[..., str]) -> None:
         with_curves = report(make_records(), primary=PRIMARY)
@@ -288,7 +288,7 @@ class TestResults:
         report(make_records())
         content = json.loads((tmp_path / "results.json").read_text(encoding="utf-8"))
         study = analyse(make_records())
-        assert content["version"] == 1
+        assert content["version"] == 2
         assert content["verdicts"][0]["found"]["mean"] == study.verdicts[0].found.mean
         assert content["verdicts"][0]["found"]["by_seed"].keys() == {"0", "1"}
         assert len(content["cells"]) == len(make_records())
@@ -312,7 +312,7 @@ class TestResults:
         assert all(name in text for name in (*SETS, *BACKBONES))
 
     @pytest.mark.parametrize(
-        "content", ["", "[]", "{}", '{"version": 1}', '{"version": 1, "cells": [{}], "verdicts": []}']
+        "content", ["", "[]", "{}", '{"version": 2}', '{"version": 2, "cells": [{}], "verdicts": []}']
     )
     def test_no_results(self, tmp_path: Path, content: str) -> None:
         (tmp_path / "results.json").write_text(content)
@@ -325,7 +325,7 @@ class TestResults:
 
     def test_another_version(self, tmp_path: Path) -> None:
         (tmp_path / "results.json").write_text('{"version": 99}')
-        with pytest.raises(ConfigError, match="has version 99, but 1 is expected"):
+        with pytest.raises(ConfigError, match="has version 99, but 2 is expected"):
             read_results(tmp_path / "results.json")
 
 

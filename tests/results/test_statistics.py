@@ -60,12 +60,13 @@ def values(records: list[CellRecord], set_name: str, backbone: str) -> list[floa
     return [record.value for record in records if (record.set_name, record.backbone) == (set_name, backbone)]
 
 
-def compared(study: Study, role: str, name: str) -> Comparison:
-    return next(item for item in study.comparisons if (item.role, item.name) == (role, name))
+def compared(study: Study, role: str, name: str, choice: str = "family") -> Comparison:
+    wanted = (role, name, choice)
+    return next(item for item in study.comparisons if (item.role, item.name, item.choice) == wanted)
 
 
-def by_scope(study: Study, measure: str) -> dict[tuple[str, str], Estimate]:
-    return {(item.role, item.name): getattr(item, measure) for item in study.comparisons}
+def by_scope(study: Study, measure: str) -> dict[tuple[str, str, str], Estimate]:
+    return {(item.role, item.name, item.choice): getattr(item, measure) for item in study.comparisons}
 
 
 def same(
@@ -259,6 +260,36 @@ class TestRepresentatives:
         assert study.backbones[-2:] == ("squeezed", "imagenet")
 
 
+class TestOneForAll:
+    """The specialist of a family, and the one file of a role that is best for all families."""
+
+    def records(self) -> list[CellRecord]:
+        """Backbone a is best on pets, b on roads and in the mean of both families."""
+        values = {"single/a": (60.0, 20.0), "single/b": (50.0, 40.0), "squeezed": (58.0, 45.0)}
+        return [
+            cell(name, backbone, seed, value + seed)
+            for backbone, found in values.items()
+            for name, value in zip(("pets", "roads"), found, strict=True)
+            for seed in (0, 1)
+        ]
+
+    def test_each_is_compared_with(self) -> None:
+        study = analyse(self.records())
+        found = compared(study, "single", "classification"), compared(study, "single", "classification", "overall")
+        assert [(item.baseline, item.difference.mean) for item in found] == [("single/a", -2.0), ("single/b", 8.0)]
+
+    def test_a_goal_says_which(self) -> None:
+        goals = [
+            Goal(role="single", family="classification", measure="difference", at_least=3.0, choice=choice)
+            for choice in ("family", "overall")
+        ]
+        assert [item.reached for item in analyse(self.records(), goals=goals).verdicts] == [False, True]
+
+    def test_sets_and_the_mean_of_all_have_one_baseline(self) -> None:
+        study = analyse(self.records())
+        assert {item.kind for item in study.comparisons if item.choice == "overall"} == {"family"}
+
+
 class TestMissing:
     def test_an_incomplete_seed_is_not_paired(self) -> None:
         records = [r for r in full_study(0) if (r.set_name, r.backbone, r.seed) != ("pets", "shared", 1)]
@@ -274,7 +305,8 @@ class TestMissing:
     def test_a_role_without_a_set_has_no_baseline_in_that_family(self) -> None:
         study = analyse([r for r in full_study(0) if (r.set_name, r.role) != ("pets", "single")])
         assert set(study.representatives["single"]) == {"detection", "segmentation"}
-        verdicts = {item.goal.family: item for item in study.verdicts if item.goal.role == "single"}
+        goals = [item for item in study.verdicts if (item.goal.role, item.goal.choice) == ("single", "family")]
+        verdicts = {item.goal.family: item for item in goals}
         assert verdicts["classification"].reached is None
         assert verdicts["detection"].reached is not None
         assert len(study.missing) == 6

@@ -17,7 +17,7 @@ from .transfer_page import render
 from .transfer_tables import all_markdown
 
 #: Version of results.json (docs/TRANSFER.md).
-VERSION = 1
+VERSION = 2
 
 
 def read_studies(folders: Iterable[str | Path]) -> list[CellRecord]:

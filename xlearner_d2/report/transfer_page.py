@@ -70,7 +70,8 @@ def _verdict(study: Study) -> Element:
         _warnings(study),
         element("ul", items, class_="goals"),
         _quiet(
-            "The baseline of a role is its strongest single file in that family, picked by these same results. "
+            "The baseline of a role is its strongest single file in that family, or, where a goal says so, the one "
+            "that is strongest overall; both are picked by these same results. "
             "That favours the baseline, so the differences below are rather too small than too large. "
             "Intervals are Student t over seeds; with few seeds they are wide."
         ),
@@ -135,9 +136,9 @@ def _forest(study: Study, role: str, index: int) -> Element:
     aims = {
         item.goal.family: item.goal.at_least
         for item in study.verdicts
-        if item.goal.role == role and item.goal.measure == "difference"
+        if item.goal.role == role and item.goal.measure == "difference" and item.goal.choice == "family"
     }
-    found = [item for item in study.comparisons if item.role == role]
+    found = [item for item in study.comparisons if item.role == role and item.choice == "family"]
     rows = [
         Row(
             label=item.name if item.kind == "set" else item.name.capitalize(),

@@ -1,6 +1,6 @@
 """Numbers of a study in words, alike in pages and tables."""
 
-from ..results.study import Estimate, Verdict
+from ..results.study import OVERALL, Estimate, Verdict
 
 NOTHING = "–"
 
@@ -50,10 +50,11 @@ def outcome(verdict: Verdict) -> str:
 
 def _goal(verdict: Verdict) -> str:
     goal = verdict.goal
+    who = f"the {goal.role} that is best overall" if goal.choice == OVERALL else goal.role
     if goal.measure == "retention":
-        return f"at least {goal.at_least:g} % of {goal.role}"
+        return f"at least {goal.at_least:g} % of {who}"
     unit = "points" if goal.measure == "difference" else "%"
-    return f"at least {goal.at_least:+g} {unit} against {goal.role}" if goal.at_least else f"no worse than {goal.role}"
+    return f"at least {goal.at_least:+g} {unit} against {who}" if goal.at_least else f"no worse than {who}"
 
 
 def goal_name(verdict: Verdict) -> str:

@@ -224,13 +224,15 @@ def _comparisons(
     subject: str,
 ) -> Iterator[Comparison]:
     for role, baselines in representatives.items():
-        for scope in scopes:
-            if scope.family in baselines:
-                baseline = baselines[scope.family]
+        for scope, choice in ((scope, choice) for scope in scopes for choice in ("family", OVERALL)):
+            baseline = baselines.get(scope.family if choice == "family" else OVERALL)
+            # Of sets, and of all of them together, the second comparison would repeat the first or say little more.
+            if baseline is not None and (choice == "family" or scope.kind == "family"):
                 difference, gain, retention = _paired(values[subject], values[baseline], scope.groups)
                 yield Comparison(
                     role=role,
                     baseline=baseline,
+                    choice=choice,
                     kind=scope.kind,
                     name=scope.name,
                     difference=Estimate.of(difference),
@@ -258,7 +260,8 @@ def _paired(subject: Values, baseline: Values, groups: Groups) -> tuple[dict[int
 
 def _verdict(goal: Goal, comparisons: Iterable[Comparison]) -> Verdict:
     for comparison in comparisons:
-        if comparison.kind != "set" and (comparison.role, comparison.name) == (goal.role, goal.family):
+        found_at = (comparison.role, comparison.name, comparison.choice)
+        if comparison.kind != "set" and found_at == (goal.role, goal.family, goal.choice):
             found: Estimate = getattr(comparison, goal.measure)
             if found.mean is not None:
                 return _judge(goal, comparison.baseline, found, found.mean)
