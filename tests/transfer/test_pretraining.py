@@ -10,6 +10,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -134,6 +135,16 @@ CASES: dict[str, tuple[Callable[[dict[str, Any]], Any], list[str]]] = {
         lambda parts: parts["RUNS"].update(expanding=["SEED"], squeezing="SEED 3"),
         ["RUNS.expanding is ['SEED'], but a list of pairs", "RUNS.squeezing is 'SEED 3', but a list of pairs"],
     ),
+    "runs that need no earlier run": (
+        lambda parts: parts["RUNS"].update(
+            expanding=["MODEL.WEIGHTS", "{squeezing}/expanded.pth"],
+            squeezing=["XLEARNER.SQUEEZE.TEACHER", "{expand}/x"],
+        ),
+        [
+            "RUNS.expanding needs {squeezing}, which is no run above it.",
+            "RUNS.squeezing needs {expand}, which is no run above it. Did you mean 'expanding'?",
+        ],
+    ),
     "backbones of nothing": (
         lambda parts: parts["BACKBONES"].update(single="expandin/x.pth", squeezed="squeezing", random=None),
         [
@@ -212,6 +223,43 @@ def test_runs_that_fail_are_named_and_run_again(tmp_path: Path, started: list[st
     for _ in range(2):
         assert run_pretraining(some_runs("a", "bad", "c"), [0], tmp_path, jobs=2) == ["bad, seed 0"]
     assert sorted(started) == ["seed0/a", "seed0/bad", "seed0/bad", "seed0/c"]
+
+
+def chain() -> StudySpec:
+    """A run, and two that start from what it leaves."""
+    study = some_runs("first", "bad", "third")
+    teacher = ["XLEARNER.SQUEEZE.TEACHER", "{first}/expanded.pth"]
+    return replace(study, runs={**study.runs, "second": teacher, "never": ["MODEL.WEIGHTS", "{bad}/expanded.pth"]})
+
+
+def test_a_run_starts_after_those_that_it_needs(tmp_path: Path, started: list[str]) -> None:
+    assert run_pretraining(chain(), [0], tmp_path, jobs=3) == ["bad, seed 0", "never, seed 0"]
+    assert "seed0/never" not in started
+    assert started.index("seed0/first") < started.index("seed0/second")
+
+
+def test_a_run_is_given_the_folder_of_the_one_that_it_needs(tmp_path: Path) -> None:
+    given = list(pretraining._filled(chain().runs["second"], tmp_path, 3))
+    assert given == ["XLEARNER.SQUEEZE.TEACHER", f"{tmp_path}/runs/seed3/first/expanded.pth"]
+
+
+def test_a_run_is_another_one_when_one_that_it_needs_is(tmp_path: Path) -> None:
+    study = chain()
+    changed = replace(study, runs={**study.runs, "first": ["SOLVER.MAX_ITER", "9"]})
+    one, other = (pretraining._settings(of, "second") for of in (study, changed))
+    assert one != other
+    assert pretraining._settings(study, "third") == pretraining._settings(changed, "third")
+
+
+def test_files_of_earlier_runs_are_not_looked_for_before_they_run(files: StudyFiles) -> None:
+    files.parts["RUNS"]["squeezing"] = [
+        "XLEARNER.STAGE",
+        "squeeze",
+        "XLEARNER.SQUEEZE.TEACHER",
+        "{expanding}/expanded.pth",
+    ]
+    files.write_study()
+    check_runs(load_study(files.study))
 
 
 def test_cost_is_that_of_all_attempts(tmp_path: Path) -> None:

@@ -4,11 +4,12 @@ import fcntl
 import json
 import logging
 import os
+import re
 import subprocess
 import sys
 import time
-from collections.abc import Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -36,7 +37,8 @@ class StudySpec:
     Attributes:
         suite: path of the transfer suite.
         config: path of the config that all runs start from.
-        runs: by name, the overrides of ``config``, as alternating keys and values.
+        runs: by name, the overrides of ``config``, as alternating keys and values; ``{NAME}`` in a value is the output
+            folder of an earlier run, such as the one whose expanded model is squeezed.
         backbones: by name, ``RUN/FILE``, ``RUN/FILE:TASK`` or "random".
     """
 
@@ -77,9 +79,16 @@ def _check_content(content: Mapping[str, Any], path: str) -> list[str]:
     ]
     if problems:
         return problems
-    for name, opts in content["RUNS"].items():
+    for number, (name, opts) in enumerate(content["RUNS"].items()):
         if not isinstance(opts, list | None) or len(opts or []) % 2:
             problems.append(f"{path}: RUNS.{name} is {opts!r}, but a list of pairs of key and value is expected.")
+            continue
+        earlier = list(content["RUNS"])[:number]
+        problems += [
+            f"{path}: RUNS.{name} needs {{{used}}}, which is no run above it.{nearest(used, earlier)}"
+            for used in _needs([str(opt) for opt in opts or []])
+            if used not in earlier
+        ]
     for name, text in content["BACKBONES"].items():
         problems += [f"{path}: BACKBONES.{name} {wrong}" for wrong in _check_backbone(text, content["RUNS"])]
     return problems
@@ -94,6 +103,11 @@ def _check_backbone(text: Any, runs: Mapping[str, Any]) -> list[str]:
     return [] if run in runs else [f"is of the unknown run {run!r}.{nearest(run, runs)}"]
 
 
+def _needs(opts: Sequence[str]) -> list[str]:
+    """The runs whose output a run's overrides name."""
+    return sorted({name for value in opts[1::2] for name in re.findall(r"\{(\w+)\}", value)})
+
+
 def check_runs(study: StudySpec) -> None:
     """See that every run's config and data are as needed; images are not decoded, as each run does so when it starts.
 
@@ -102,8 +116,10 @@ def check_runs(study: StudySpec) -> None:
     """
     problems = []
     for name, opts in study.runs.items():
+        pairs = zip(opts[::2], opts[1::2], strict=True)
+        known = [item for pair in pairs if not _needs(pair) for item in pair]  # files of earlier runs are not there yet
         try:
-            make_plan(load_config(study.config, [*opts, "XLEARNER.CHECK_IMAGES", "0"]), world_size=1)
+            make_plan(load_config(study.config, [*known, "XLEARNER.CHECK_IMAGES", "0"]), world_size=1)
         except ConfigError as error:
             problems += [f"run {name}: {problem}" for problem in error.problems]
     if problems:
@@ -126,8 +142,10 @@ def check_output(study: StudySpec, seeds: Sequence[int], folder: Path) -> None:
 
 
 def _settings(study: StudySpec, name: str) -> str:
-    """SHA-256 of what a run is told."""
-    return digest({"config": read_config(study.config), "opts": list(study.runs[name])})
+    """SHA-256 of what a run is told, and of what those were told that it starts from."""
+    opts = list(study.runs[name])
+    needed = {other: _settings(study, other) for other in _needs(opts)}
+    return digest({"config": read_config(study.config), "opts": opts} | ({"needs": needed} if needed else {}))
 
 
 def backbones_of(study: StudySpec, folder: Path) -> list[BackboneSpec]:
@@ -149,9 +167,20 @@ def run_pretraining(study: StudySpec, seeds: Sequence[int], folder: Path, *, job
     work = [(name, seed) for seed in seeds for name in study.runs]
     left = [(name, seed) for name, seed in work if not _finished(folder, name, seed)]
     logger.info(f"{len(work)} pre-training runs, of which {len(work) - len(left)} are finished.")
+    results: dict[tuple[str, int], Future[int]] = {}
+
+    def run(name: str, seed: int) -> int:
+        # A run starts after those that it needs, which stand above it, so waiting for them never waits for itself.
+        needed = [results[other, seed] for other in _needs(study.runs[name]) if (other, seed) in results]
+        if any(future.result() for future in needed):
+            logger.error(f"Run {name}, seed {seed}: not started, as a run that it needs failed.")
+            return 1
+        return _run(study, name, seed, folder, jobs=jobs)
+
     with ThreadPoolExecutor(jobs) as pool:
-        results = pool.map(lambda item: _run(study, item[0], item[1], folder, jobs=jobs), left)
-        return [f"{name}, seed {seed}" for (name, seed), code in zip(left, results, strict=True) if code]
+        for item in left:
+            results[item] = pool.submit(run, *item)
+    return [f"{name}, seed {seed}" for (name, seed), future in results.items() if future.result()]
 
 
 def _output(folder: Path, name: str, seed: int) -> Path:
@@ -167,7 +196,7 @@ def _run(study: StudySpec, name: str, seed: int, folder: Path, *, jobs: int) -> 
     output = _output(folder, name, seed)
     output.mkdir(parents=True, exist_ok=True)
     command = [sys.executable, str(Path(__file__).parents[2] / "train_net.py"), "--config-file", study.config]
-    command += ["--resume", *study.runs[name], "SEED", str(seed), "OUTPUT_DIR", str(output)]
+    command += ["--resume", *_filled(study.runs[name], folder, seed), "SEED", str(seed), "OUTPUT_DIR", str(output)]
     threads = max(1, (os.cpu_count() or 1) // jobs)
     # The run inherits the lock, and holds it even when this process is killed: the next one then waits for its end.
     with (output / "lock").open("w") as lock, (output / "stdout.txt").open("a", encoding="utf-8") as log:
@@ -185,6 +214,12 @@ def _run(study: StudySpec, name: str, seed: int, folder: Path, *, jobs: int) -> 
     how = "done" if code == 0 else f"failed, see {log.name}"
     logger.info(f"Run {name}, seed {seed}: {how} after {timedelta(seconds=round(seconds))}.")
     return code
+
+
+def _filled(opts: Sequence[str], folder: Path, seed: int) -> Iterator[str]:
+    """Overrides with the output folders of earlier runs in place of their names."""
+    for opt in opts:
+        yield re.sub(r"\{(\w+)\}", lambda found: str(_output(folder, found[1], seed)), opt)
 
 
 def _acquire(lock: TextIO) -> None:
