@@ -1,7 +1,6 @@
 """Records of cells: what is written is what is read, and what is no record is named."""
 
 import json
-import math
 from dataclasses import replace
 from pathlib import Path
 
@@ -51,8 +50,8 @@ def test_records_round_trip(
 
 
 def test_an_undefined_value_stays_undefined(tmp_path: Path) -> None:
-    write_record(replace(RECORD, trivial=float("nan")), tmp_path / "record.json")
-    assert math.isnan(read_record(tmp_path / "record.json").trivial)
+    write_record(replace(RECORD, trivial=None), tmp_path / "record.json")
+    assert read_record(tmp_path / "record.json").trivial is None
 
 
 def test_all_records_of_a_folder_are_found_and_nothing_else(tmp_path: Path) -> None:

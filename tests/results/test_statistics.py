@@ -433,10 +433,16 @@ class TestErrors:
         self.fails("The transfer study has 1 problem:\n.*has no cell", [])
 
     @pytest.mark.parametrize("name", ["value", "trivial", "seconds"])
-    @pytest.mark.parametrize("number", [float("nan"), float("inf"), "high", None])
+    @pytest.mark.parametrize("number", [float("nan"), float("inf"), "high"])
     def test_no_number(self, name: str, number: Any) -> None:
         first, *others = full_study(0)
         self.fails(rf"pets/probe/random/0: its {name} is .*finite number", [replace(first, **{name: number}), *others])
+
+    def test_only_the_trivial_value_may_be_none(self) -> None:
+        study = analyse([replace(record, trivial=None) for record in full_study(0)])
+        assert {check.trivial for check in study.checks} == {None}
+        first, *others = full_study(0)
+        self.fails("its value is None", [replace(first, value=None), *others])
 
     def test_two_records_of_a_cell(self) -> None:
         records = full_study(0)

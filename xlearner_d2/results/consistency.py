@@ -42,8 +42,9 @@ def _finite(number: Any) -> bool:
 def _figures(record: CellRecord) -> Iterator[str]:
     where = _name(cell_key(record))
     for name in ("value", "trivial", "seconds"):
-        if not _finite(getattr(record, name)):
-            yield f"{where}: its {name} is {getattr(record, name)!r}, but a finite number is expected."
+        value = getattr(record, name)
+        if not (_finite(value) or (name == "trivial" and value is None)):
+            yield f"{where}: its {name} is {value!r}, but a finite number is expected."
     if not isinstance(record.seed, int):
         yield f"{where}: its seed is {record.seed!r}, but an integer is expected."
     points = curve_of(record)

@@ -27,7 +27,7 @@ class CellRecord:
         backbone: ``role`` or ``role/variant``, such as ``squeezed`` or ``single/caltech``.
         seed: of the transfer and, where the backbone has one per seed, of its pre-training.
         value: in percent; higher is better.
-        trivial: the same metric of a predictor that learns nothing from the images.
+        trivial: the same metric of a predictor that learns nothing from the images; None where none is known.
         details: other figures of this cell, such as the chosen regularisation.
         seconds: wall-clock time of the cell.
         weights: SHA-256 of the backbone's file; "" for random weights.
@@ -45,7 +45,7 @@ class CellRecord:
     backbone: str
     seed: int
     value: float
-    trivial: float
+    trivial: float | None
     details: Mapping[str, Any]
     seconds: float
     weights: str

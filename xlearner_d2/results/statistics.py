@@ -315,7 +315,8 @@ def _mean_curve(records: Iterable[CellRecord]) -> tuple[tuple[float, float, int]
 def _checks(records: Iterable[CellRecord], set_means: Iterable[SetMean]) -> Iterator[Check]:
     trivial, found = defaultdict(list), defaultdict(list)
     for record in records:
-        trivial[record.set_name, record.protocol].append(record.trivial)
+        if record.trivial is not None:
+            trivial[record.set_name, record.protocol].append(record.trivial)
     for item in set_means:
         found[item.set_name, item.protocol].append(item)
     for (set_name, protocol), items in found.items():
@@ -326,7 +327,7 @@ def _checks(records: Iterable[CellRecord], set_means: Iterable[SetMean]) -> Iter
         yield Check(
             set_name=set_name,
             protocol=protocol,
-            trivial=fmean(trivial[set_name, protocol]),
+            trivial=fmean(known) if (known := trivial[set_name, protocol]) else None,
             random=max(_means(random), default=None),
             best=max(means, default=None),
             spread=spread,

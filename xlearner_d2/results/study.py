@@ -166,7 +166,7 @@ class Check:
     """Whether a set under a protocol tells backbones apart. "Trained" is every backbone but those of the role random.
 
     Attributes:
-        trivial: value of a predictor that learns nothing from the images.
+        trivial: value of a predictor that learns nothing from the images; None where none is known.
         random: best mean of the random backbones.
         best: best mean of the trained ones.
         spread: best minus worst mean of the trained ones; None below two of them.
@@ -178,7 +178,7 @@ class Check:
 
     set_name: str
     protocol: str
-    trivial: float
+    trivial: float | None
     random: float | None
     best: float | None
     spread: float | None

@@ -70,11 +70,11 @@ def _probe(
     return result["mean_class_acc" if protocol.metric == "mean_class_acc" else "accuracy"], result
 
 
-def trivial_value(spec: SetSpec, protocol: ProtocolSpec) -> float:
-    """The metric of a predictor that learns nothing from images; NaN for one that has no such notion."""
+def trivial_value(spec: SetSpec, protocol: ProtocolSpec) -> float | None:
+    """The metric of a predictor that learns nothing from images; None where none is known, as for sem_seg/mACC."""
     found = trivial_metrics(spec.test, train_names=spec.train)
     if protocol.kind == "fine_tune":
-        return found.get(protocol.metric, 0.0 if spec.family == "detection" else float("nan"))
+        return found.get(protocol.metric, 0.0 if spec.family == "detection" else None)
     if protocol.metric == "mean_class_acc":
         return 100.0 / len({record["category_id"] for record in DatasetCatalog.get(spec.test)})
     return found["classification/top1"]
