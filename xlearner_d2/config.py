@@ -55,6 +55,8 @@ def add_xlearner_config(cfg: CfgNode) -> None:
     q.STAGE_WEIGHTS = [1.0, 1.0]
     # What a hint is compared by: cosine_smooth_l1 (half each), mse, cosine, smooth_l1.
     q.DISTANCE = "cosine_smooth_l1"
+    # 1x1 convolutions between a student's and a branch's features in training, with BN and ReLU between them.
+    q.PROJECTOR_LAYERS = 1
     # How the teacher's features are normalised: standardise (per channel, running), l2, phi_s, none.
     q.NORMALISER = "standardise"
     # Whether the student learns from the sources' labels as well, through heads of its own that start as the teacher's.

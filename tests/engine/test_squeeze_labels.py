@@ -176,6 +176,10 @@ def test_ill_typed_settings_are_refused(finished: Project, key: str, value: Any,
     ("opts", "message"),
     [
         (
+            ("XLEARNER.SQUEEZE.PROJECTOR_LAYERS", 0),
+            r"PROJECTOR_LAYERS is 0, but at least 1 is expected",
+        ),
+        (
             ("XLEARNER.SQUEEZE.HINT_WEIGHT", -1.0),
             r"HINT_WEIGHT is -1\.0, but a finite number of at least 0 is expected",
         ),

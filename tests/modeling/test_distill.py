@@ -318,3 +318,16 @@ def test_stages_and_weights_come_in_pairs() -> None:
     assert matched_stages(["res2", "res3", "res4"], [1.0, 0.0, 0.5]) == {"res2": 1.0, "res4": 0.5}
     with pytest.raises(ValueError, match="shorter"):
         matched_stages(["res2", "res3"], [1.0])
+
+
+@pytest.mark.parametrize("layers", [1, 2, 3])
+def test_projectors_have_so_many_layers_and_all_learn(
+    make_distiller: MakeDistiller, make_batches: MakeBatches, layers: int
+) -> None:
+    distiller = make_distiller(projector_layers=layers)
+    projector = distiller.projectors["detection"]["res4"]
+    convolutions = [module for module in projector.modules() if isinstance(module, nn.Conv2d)]
+    norms = [module for module in projector.modules() if isinstance(module, nn.BatchNorm2d)]
+    assert (len(convolutions), len(norms)) == (layers, layers - 1)
+    torch.stack(list(distiller(make_batches()).values())).sum().backward()
+    assert all(parameter.grad is not None and parameter.grad.any() for parameter in projector.parameters())

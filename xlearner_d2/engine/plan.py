@@ -82,6 +82,8 @@ def _check_squeeze(cfg: CfgNode) -> list[str]:
         )
     if squeeze.DEPTH not in (0, 18, 34, 50, 101, 152):
         problems.append(f"XLEARNER.SQUEEZE.DEPTH is {squeeze.DEPTH}, but 0, 18, 34, 50, 101 or 152 is expected.")
+    if squeeze.PROJECTOR_LAYERS < 1:
+        problems.append(f"XLEARNER.SQUEEZE.PROJECTOR_LAYERS is {squeeze.PROJECTOR_LAYERS}, but at least 1 is expected.")
     if not 0 <= squeeze.HINT_WEIGHT < float("inf"):
         wish = "a finite number of at least 0 is expected"
         problems.append(f"XLEARNER.SQUEEZE.HINT_WEIGHT is {squeeze.HINT_WEIGHT}, but {wish}.")

@@ -189,6 +189,7 @@ def build_squeeze_hook(
         stage_weights=matched_stages(squeeze.STAGES, squeeze.STAGE_WEIGHTS),
         normaliser=squeeze.NORMALISER,
         distance=squeeze.DISTANCE,
+        projector_layers=squeeze.PROJECTOR_LAYERS,
         hint_weight=squeeze.HINT_WEIGHT,
         own_images=squeeze.OWN_IMAGES,
         learner=learner,

@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import cast
 
 import torch
-from detectron2.layers import ShapeSpec
+from detectron2.layers import Conv2d, ShapeSpec, get_norm
 from detectron2.modeling.backbone.resnet import ResNet
 from detectron2.utils import comm
 from torch import Tensor, nn
@@ -153,6 +153,23 @@ DISTANCES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
 }
 
 
+def _projector(in_channels: int, out_channels: int, *, num_layers: int) -> nn.Module:
+    """1x1 convolutions from a student's feature to a branch's; all but the last with BN and ReLU."""
+    last = nn.Conv2d(in_channels if num_layers == 1 else out_channels, out_channels, kernel_size=1)
+    hidden = [
+        Conv2d(
+            in_channels if index == 0 else out_channels,
+            out_channels,
+            kernel_size=1,
+            bias=False,
+            norm=get_norm("BN", out_channels),
+            activation=F.relu,
+        )
+        for index in range(num_layers - 1)
+    ]
+    return nn.Sequential(*hidden, last) if hidden else last
+
+
 class Distiller(nn.Module):
     """Trains the student to predict every branch's features, for the images of every source; no label is needed.
 
@@ -165,6 +182,7 @@ class Distiller(nn.Module):
         stage_weights: by stage, the weight of its hints.
         normaliser: a key of ``NORMALISERS``.
         distance: a key of ``DISTANCES``.
+        projector_layers: 1x1 convolutions between a student's and a branch's feature, with BN and ReLU between them.
         hint_weight: factor on all hints, against the task losses.
         own_images: a branch gives hints for the images of its own task's sources alone, not for all.
         learner: a model whose one trunk is the student, with heads that learn from the sources' labels as well; None
@@ -179,6 +197,7 @@ class Distiller(nn.Module):
         stage_weights: Mapping[str, float],
         normaliser: str = "standardise",
         distance: str = "cosine_smooth_l1",
+        projector_layers: int = 1,
         hint_weight: float = 1.0,
         own_images: bool = False,
         learner: XLearner | None = None,
@@ -190,6 +209,7 @@ class Distiller(nn.Module):
         self._teacher = (teacher,)  # a tuple hides it from nn.Module's registration
         self.hint_weight = hint_weight
         self.own_images = own_images
+        self.projector_layers = projector_layers
         self.stage_weights = dict(stage_weights)
         self.distance = DISTANCES[distance]
         shapes = {task: teacher.backbone.output_shape(task) for task in teacher.backbone.tasks}
@@ -214,7 +234,7 @@ class Distiller(nn.Module):
         if own.stride != shape.stride:
             message = f"XLEARNER.SQUEEZE: the student's {stage} has stride {own.stride}, but a branch's {shape.stride}."
             raise ValueError(message)
-        return nn.Conv2d(own.channels, shape.channels, kernel_size=1)
+        return _projector(own.channels, shape.channels, num_layers=self.projector_layers)
 
     @property
     def learner(self) -> XLearner | None:
