@@ -12,6 +12,7 @@ from detectron2.config import CfgNode, get_cfg
 from .specs import ConfigError, nearest
 
 STAGES = ("expand", "squeeze", "all")
+STEPS = ("joint", "alternating")
 SHARING = ("separate", "shared", "detached", "bidirectional")
 
 
@@ -32,6 +33,17 @@ def add_xlearner_config(cfg: CfgNode) -> None:
     x.CHECK_IMAGES = 5000
     # Faster convolutions on GPUs with tensor cores and on CPUs.
     x.CHANNELS_LAST = True
+
+    # joint: every step draws from every source. alternating: from one source, in turn; so little memory is needed, but
+    # the steps of a source are fewer.
+    x.STEPS = "joint"
+
+    x.SAMPLING = s = CfgNode()
+    # Images of a step, to be shared among the sources instead of each one's IMS_PER_BATCH; 0 keeps those. Alternating
+    # steps have so many images of one source, and the shares decide how often its turn comes.
+    s.IMS_PER_BATCH = 0
+    # The shares go with size ** (1 / TEMPERATURE): 1 by size, 2 by its square root, larger ones more evenly.
+    s.TEMPERATURE = 2.0
 
     x.RECONCILIATION = r = CfgNode()
     # Stages of a branch that receive features of the other branches.

@@ -23,6 +23,9 @@ DATASET_KEYS: dict[str, tuple[frozenset[str], frozenset[str]]] = {
     "torchvision": (frozenset({"DATASET", "SPLIT"}), frozenset({"ROOT"})),
 }
 
+#: What ``SAMPLER`` of a source may be, besides empty.
+SAMPLERS = ("shuffle", "class_aware", "repeat_factor")
+
 
 class ConfigError(ValueError):
     """All problems of a configuration or of its data, in one message."""
@@ -79,6 +82,8 @@ class SourceSpec:
         test: names of registered data sets, evaluated one by one.
         ims_per_batch: images of this source in each step, over all workers.
         loss_weight: factor on every loss of this source.
+        sampler: shuffle (each image once an epoch), class_aware (all classes equally often), repeat_factor (images of
+            rare classes more often); as ``DATALOADER.SAMPLER_TRAIN`` of ``config`` says when empty.
         opts: overrides for ``config``, as alternating keys and values.
     """
 
@@ -89,6 +94,7 @@ class SourceSpec:
     test: tuple[str, ...] = ()
     ims_per_batch: int = 16
     loss_weight: float = 1.0
+    sampler: str = ""
     opts: tuple[Any, ...] = ()
 
 
@@ -226,6 +232,8 @@ def _check_source(spec: SourceSpec, where: str, world_size: int) -> list[str]:
         problems.append(f"{where}.IMS_PER_BATCH is {spec.ims_per_batch}, but a positive number{workers} is expected.")
     if not 0 <= spec.loss_weight < float("inf"):
         problems.append(f"{where}.LOSS_WEIGHT is {spec.loss_weight}, but a finite number of at least 0 is expected.")
+    if spec.sampler and spec.sampler not in SAMPLERS:
+        problems.append(f"{where}.SAMPLER is {spec.sampler!r}.{nearest(spec.sampler, SAMPLERS)}")
     if len(spec.opts) % 2:
         problems.append(f"{where}.OPTS has {len(spec.opts)} entries, but pairs of key and value are expected.")
     return problems

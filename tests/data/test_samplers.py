@@ -7,7 +7,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from xlearner_d2.data.samplers import Draw, JointSampler
+from xlearner_d2.data.samplers import Draw, JointSampler, Turns
+from xlearner_d2.data.streams import Shuffled
 
 SIZES = {"a": 7, "b": 13, "c": 4}
 BATCHES = {"a": 4, "b": 2, "c": 6}
@@ -15,9 +16,13 @@ BATCHES = {"a": 4, "b": 2, "c": 6}
 Step = list[Draw]
 
 
-def steps(count: int, *, seed: int = 0, start: int = 0, **options: Any) -> list[Step]:
-    arguments = {"sizes": SIZES, "batch_sizes": BATCHES, **options}
-    return list(islice(JointSampler(seed=seed, start=start, **arguments), count))
+def sampler(*, seed: int = 0, sizes: dict[str, int] = SIZES, **options: Any) -> JointSampler:
+    streams = {source: Shuffled(size, seed=(seed, source)) for source, size in sizes.items()}
+    return JointSampler(streams=streams, seed=seed, **{"batch_sizes": BATCHES, **options})
+
+
+def steps(count: int, **options: Any) -> list[Step]:
+    return list(islice(sampler(**options), count))
 
 
 def of(source: str, found: list[Step]) -> Step:
@@ -86,11 +91,11 @@ def test_augmentation_seeds_are_new_each_epoch_and_valid_for_numpy() -> None:
 
 
 def test_iterating_twice_gives_the_same() -> None:
-    sampler = JointSampler(sizes=SIZES, batch_sizes=BATCHES, seed=3)
-    first = list(islice(sampler, 8))
-    assert list(islice(sampler, 8)) == first
-    sampler.start = 5
-    assert list(islice(sampler, 3)) == first[5:]
+    joint = sampler(seed=3)
+    first = list(islice(joint, 8))
+    assert list(islice(joint, 8)) == first
+    joint.start = 5
+    assert list(islice(joint, 3)) == first[5:]
 
 
 def test_one_image_is_enough() -> None:
@@ -99,14 +104,47 @@ def test_one_image_is_enough() -> None:
 
 def test_batch_that_cannot_be_shared() -> None:
     with pytest.raises(ValueError, match="4 images of source 'a' a step cannot be shared by 3 workers"):
-        JointSampler(sizes=SIZES, batch_sizes=BATCHES, seed=0, world_size=3)
+        sampler(world_size=3)
 
 
-def test_source_without_images() -> None:
-    with pytest.raises(ValueError, match="Source 'b' has no images"):
-        JointSampler(sizes={**SIZES, "b": 0}, batch_sizes=BATCHES, seed=0)
-
-
-def test_source_without_size() -> None:
+def test_source_without_stream() -> None:
     with pytest.raises(KeyError, match="c"):
-        JointSampler(sizes={"a": 1, "b": 1}, batch_sizes=BATCHES, seed=0)
+        sampler(sizes={"a": 1, "b": 1})
+
+
+TURNS = {"a": 6, "b": 2, "c": 4}
+
+
+def test_alternating_steps_have_one_source_and_each_its_part_of_any_round() -> None:
+    found = steps(60, turns=TURNS)
+    assert all(len({draw.source for draw in step}) == 1 for step in found)
+    order = [step[0].source for step in found]
+    for first in range(54):  # 6 is a round, as 6 : 2 : 4 is 3 : 1 : 2
+        part = order[first : first + 6]
+        assert {source: part.count(source) for source in "abc"} == {"a": 3, "b": 1, "c": 2}
+
+
+@settings(deadline=None)
+@given(turns=st.fixed_dictionaries({source: st.integers(1, 9) for source in "abc"}))
+def test_turns_are_spread_over_the_round(turns: dict[str, int]) -> None:
+    """No source is ever further than one turn a source from its even share."""
+    total, drawn = sum(turns.values()), dict.fromkeys(turns, 0)
+    schedule = Turns(tuple(turns), turns)
+    for step in range(2 * total):
+        ((source, before),) = schedule.at(step)
+        assert before == drawn[source]
+        drawn[source] += 1
+        assert all(abs(drawn[s] - (step + 1) * turns[s] / total) < len(turns) for s in turns)
+
+
+def test_alternating_gives_each_source_the_stream_of_joint_steps() -> None:
+    joint, alternating = steps(4), steps(24, turns=TURNS)
+    for source in "abc":
+        assert of(source, joint) == of(source, alternating)[: len(of(source, joint))]
+
+
+@settings(deadline=None)
+@given(start=st.integers(0, 60), seed=st.integers(0, 2**31))
+def test_alternating_stream_from_a_step_is_the_tail_of_the_whole(start: int, seed: int) -> None:
+    whole = steps(start + 5, seed=seed, turns=TURNS)
+    assert steps(5, seed=seed, start=start, turns=TURNS) == whole[start:]

@@ -1,5 +1,6 @@
 """Source-tagged batches: one pool of workers that reads every source's share of each step."""
 
+import os
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -10,6 +11,7 @@ from detectron2.utils import comm
 from torch.utils.data import DataLoader, Dataset
 
 from ..specs import SourceSpec
+from .balance import build_stream
 from .mappers import Record, SourceMapper, build_mapper
 from .samplers import Draw, JointSampler
 
@@ -44,18 +46,23 @@ def build_joint_train_loader(
     records: Mapping[str, Sequence[Record]],
     *,
     seed: int,
+    turns: Mapping[str, int] | None = None,
     num_workers: int = 2,
 ) -> DataLoader[Any]:
-    """An endless loader of ``{source: list of mapped records}``, each with every source's share for this worker.
+    """An endless loader of ``{source: list of mapped records}``, each with this worker's share of the step's sources.
 
     Args:
         heads: config of each source's head, which decides its augmentation.
         records: by source, its training records.
+        turns: see :class:`.samplers.Turns`; None: every step draws from every source.
         seed: decides the order and the augmentation of every image, whatever ``num_workers`` is.
+        num_workers: see :func:`reading_processes`.
     """
+    num_workers = reading_processes(num_workers)
     sampler = JointSampler(
-        sizes={source.name: len(records[source.name]) for source in sources},
+        streams={s.name: build_stream(s, heads[s.name], records[s.name], seed=seed) for s in sources},
         batch_sizes={source.name: source.ims_per_batch for source in sources},
+        turns=turns,
         seed=seed,
         rank=comm.get_rank(),
         world_size=comm.get_world_size(),
@@ -70,8 +77,17 @@ def build_joint_train_loader(
         # Its own, or starting the loader would draw a number from the model's, in a resumed run at another step.
         generator=torch.Generator().manual_seed(seed),
         pin_memory=False,
-        prefetch_factor=4 if num_workers else None,
+        # A single process needs some reserve, as steps differ in length; many would keep much memory for it.
+        prefetch_factor=max(2, 4 // num_workers) if num_workers else None,
     )
+
+
+def reading_processes(wanted: int) -> int:
+    """``DATALOADER.NUM_WORKERS``; for -1, one per CPU core that this worker may use beside its own, from 1 to 8."""
+    if wanted >= 0:
+        return wanted
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return min(max(cores // comm.get_local_size() - 1, 1), 8)
 
 
 def start_at(loader: DataLoader[Any], step: int) -> None:
@@ -96,5 +112,5 @@ def build_test_loader(
         list(records),
         mapper=build_mapper(head, is_train=False),
         batch_size=batch_size,
-        num_workers=num_workers,
+        num_workers=reading_processes(num_workers),
     )

@@ -1,11 +1,12 @@
 """Which images of which source each worker sees in each step; a pure function of seed and step, so resume is exact."""
 
-import zlib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from math import gcd
 
-import torch
 from torch.utils.data import Sampler
+
+from .streams import Stream, seed_of
 
 
 @dataclass(frozen=True, slots=True)
@@ -17,16 +18,43 @@ class Draw:
     seed: int
 
 
-class JointSampler(Sampler[list[Draw]]):
-    """Endless steps, each with images of every source.
-
-    A source is an endless stream of shuffled epochs. Step ``i`` takes the next ``batch_sizes[source]`` positions of
-    each stream, and of these each rank its own part, so any number of ranks sees the same images in a step.
+class Turns:
+    """Which sources a step draws from.
 
     Args:
-        sizes: number of images of each source.
-        batch_sizes: images of each source in a step, over all ranks; divisible by ``world_size``.
-        seed: of the streams; alike on all ranks.
+        turns: by source, how many steps of a round are its own; empty: every step draws from every source. The steps
+            of a source are spread evenly over the round.
+        sources: all of them, in order.
+    """
+
+    def __init__(self, sources: tuple[str, ...], turns: Mapping[str, int]):
+        self.sources = sources
+        divisor = gcd(*turns.values()) if turns else 1
+        self.turns = {source: turns[source] // divisor for source in sources} if turns else {}
+        times = [((n + 0.5) / count, source) for source, count in self.turns.items() for n in range(count)]
+        #: the sources of a round's steps; sorting is stable, so that equal times follow the order of the sources
+        self.round = [source for _, source in sorted(times, key=lambda item: item[0])]
+
+    def at(self, step: int) -> list[tuple[str, int]]:
+        """(source, how often it was drawn before) for each source of a step."""
+        if not self.round:
+            return [(source, step) for source in self.sources]
+        rounds, offset = divmod(step, len(self.round))
+        source = self.round[offset]
+        return [(source, rounds * self.turns[source] + self.round[:offset].count(source))]
+
+
+class JointSampler(Sampler[list[Draw]]):
+    """Endless steps, each with images of every source, or of one source after the other.
+
+    The ``n``-th step that draws from a source takes the next ``batch_sizes[source]`` positions of its stream, and of
+    these each rank its own part, so any number of ranks sees the same images in a step.
+
+    Args:
+        streams: of each source.
+        batch_sizes: images of each source in a step that draws from it, over all ranks; divisible by ``world_size``.
+        turns: see :class:`Turns`.
+        seed: of the augmentations; alike on all ranks.
         start: first step to give, when resuming.
         rank, world_size: this worker and the number of workers.
     """
@@ -34,9 +62,10 @@ class JointSampler(Sampler[list[Draw]]):
     def __init__(
         self,
         *,
-        sizes: Mapping[str, int],
+        streams: Mapping[str, Stream],
         batch_sizes: Mapping[str, int],
         seed: int,
+        turns: Mapping[str, int] | None = None,
         start: int = 0,
         rank: int = 0,
         world_size: int = 1,
@@ -44,37 +73,26 @@ class JointSampler(Sampler[list[Draw]]):
         for source, size in batch_sizes.items():
             if size % world_size:
                 raise ValueError(f"{size} images of source {source!r} a step cannot be shared by {world_size} workers.")
-            if not sizes[source]:
-                raise ValueError(f"Source {source!r} has no images.")
-        self.sizes = dict(sizes)
+        self.streams = {source: streams[source] for source in batch_sizes}
         self.batch_sizes = dict(batch_sizes)
+        self.turns = Turns(tuple(batch_sizes), turns or {})
         self.seed = seed
         self.start = start
         self.rank = rank
         self.world_size = world_size
-        self._epochs: dict[str, tuple[int, list[int]]] = {}
 
     def __iter__(self) -> Iterator[list[Draw]]:
         step = self.start
         while True:
-            yield [draw for source in self.batch_sizes for draw in self._draw(step, source)]
+            yield [draw for source, number in self.turns.at(step) for draw in self._draw(source, number)]
             step += 1
 
-    def _draw(self, step: int, source: str) -> Iterator[Draw]:
+    def _draw(self, source: str, number: int) -> Iterator[Draw]:
+        """This rank's part of a source's batch."""
         batch = self.batch_sizes[source]
         share = batch // self.world_size
-        first = step * batch + self.rank * share
+        first = number * batch + self.rank * share
         for position in range(first, first + share):
-            epoch, offset = divmod(position, self.sizes[source])
-            yield Draw(source, self._order(source, epoch)[offset], self._seed_of(source, "augmentation", position))
-
-    def _order(self, source: str, epoch: int) -> list[int]:
-        """The shuffled indices of one epoch; only the latest one is kept."""
-        if self._epochs.get(source, (-1, []))[0] != epoch:
-            generator = torch.Generator().manual_seed(self._seed_of(source, "order", epoch))
-            self._epochs[source] = (epoch, torch.randperm(self.sizes[source], generator=generator).tolist())
-        return self._epochs[source][1]
-
-    def _seed_of(self, source: str, purpose: str, number: int) -> int:
-        # By name, so that adding or dropping a source leaves the streams of the others alone.
-        return zlib.crc32(f"{self.seed}/{source}/{purpose}/{number}".encode())
+            index, draw = self.streams[source].draw(position)
+            # By name, so that adding or dropping a source leaves the streams of the others alone.
+            yield Draw(source, index, seed_of(self.seed, source, "augmentation", draw))

@@ -48,7 +48,6 @@ def _sources_table(plan: Plan, model: XLearner) -> str:
     rows = []
     for source in plan.sources:
         data = plan.data[source.name]
-        epochs = plan.cfg.SOLVER.MAX_ITER * source.ims_per_batch / len(data.train)
         rows.append(
             (
                 source.name,
@@ -57,12 +56,14 @@ def _sources_table(plan: Plan, model: XLearner) -> str:
                 sum(len(records) for records in data.test.values()),
                 _num_classes(plan.heads[source.name]),
                 source.ims_per_batch,
-                f"{epochs:.1f}",
+                *([f"{plan.turns[source.name]} of {sum(plan.turns.values())}"] if plan.turns else []),
+                f"{plan.epochs(source, plan.cfg.SOLVER.MAX_ITER):.1f}",
                 source.loss_weight,
                 _millions(model.heads[source.name]),
             )
         )
-    names = ["source", "task", "train", "test", "classes", "images a step", "epochs", "loss weight", "head"]
+    steps = ["steps"] if plan.turns else []
+    names = ["source", "task", "train", "test", "classes", "images a step", *steps, "epochs", "loss weight", "head"]
     return tabulate(rows, headers=names)
 
 

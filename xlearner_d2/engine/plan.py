@@ -3,13 +3,14 @@
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 from detectron2.config import CfgNode
 
-from ..config import SHARING, STAGES, usable_device
+from ..config import SHARING, STAGES, STEPS, usable_device
+from ..data.balance import build_stream, share_images
 from ..data.sources import SourceData, load_sources, register_sources
 from ..modeling.distill import DISTANCES, NORMALISERS
 from ..modeling.expanded import STAGES as RESNET_STAGES
@@ -35,6 +36,7 @@ class Plan:
         tasks: the branches.
         data: the records of each source, by source.
         probes: linear probes of the student.
+        turns: by source, how many steps of a round are its own; empty when every step draws from every source.
     """
 
     world_size: int
@@ -44,11 +46,17 @@ class Plan:
     tasks: tuple[TaskSpec, ...]
     data: Mapping[str, SourceData]
     probes: tuple[ProbeSpec, ...]
+    turns: Mapping[str, int]
 
     @property
     def stages(self) -> tuple[str, ...]:
         """The stages to run, in order."""
         return ("expand", "squeeze") if self.cfg.XLEARNER.STAGE == "all" else (self.cfg.XLEARNER.STAGE,)
+
+    def epochs(self, source: SourceSpec, steps: int) -> float:
+        """How often the images of a source are seen in so many steps, on average."""
+        part = self.turns[source.name] / sum(self.turns.values()) if self.turns else 1
+        return steps * part * source.ims_per_batch / len(self.data[source.name].train)
 
     def stage_dir(self, stage: str) -> Path:
         """Where a stage keeps its checkpoints and logs."""
@@ -97,8 +105,19 @@ def _check_squeeze(cfg: CfgNode) -> list[str]:
     return problems
 
 
-def _check_settings(cfg: CfgNode) -> list[str]:
+def _check_sampling(cfg: CfgNode, world_size: int) -> list[str]:
+    sampling, problems = cfg.XLEARNER.SAMPLING, _one_of("STEPS", cfg.XLEARNER.STEPS, STEPS)
+    if sampling.IMS_PER_BATCH < 0 or sampling.IMS_PER_BATCH % world_size:
+        wish = f"a multiple of the number of workers, {world_size}," if world_size > 1 else "a number of at least 0"
+        problems.append(f"XLEARNER.SAMPLING.IMS_PER_BATCH is {sampling.IMS_PER_BATCH}, but {wish} is expected.")
+    if not sampling.TEMPERATURE > 0:
+        problems.append(f"XLEARNER.SAMPLING.TEMPERATURE is {sampling.TEMPERATURE}, but a positive number is expected.")
+    return problems
+
+
+def _check_settings(cfg: CfgNode, world_size: int) -> list[str]:
     problems = _one_of("STAGE", cfg.XLEARNER.STAGE, STAGES)
+    problems += _check_sampling(cfg, world_size)
     problems += _one_of("SHARING", cfg.XLEARNER.SHARING, SHARING)
     for stage in cfg.XLEARNER.RECONCILIATION.STAGES:
         problems += _one_of("RECONCILIATION.STAGES", stage, RESNET_STAGES)
@@ -176,6 +195,7 @@ def scale_to_workers(cfg: CfgNode, world_size: int) -> CfgNode:
     if reference and reference != world_size:
         scale = world_size / reference
         cfg.SOLVER.BASE_LR *= scale
+        cfg.XLEARNER.SAMPLING.IMS_PER_BATCH = round(cfg.XLEARNER.SAMPLING.IMS_PER_BATCH * scale)
         if "BASE_LR" in cfg.XLEARNER.SQUEEZE.SOLVER:
             cfg.XLEARNER.SQUEEZE.SOLVER.BASE_LR *= scale
         for record in cfg.XLEARNER.SOURCES.values():
@@ -202,6 +222,28 @@ def _check_batch(source: SourceSpec, head: CfgNode, world_size: int) -> list[str
     return []
 
 
+def _balance(
+    cfg: CfgNode, sources: Sequence[SourceSpec], data: Mapping[str, SourceData], world_size: int
+) -> tuple[list[SourceSpec], dict[str, int]]:
+    """The sources with the images of a step that draws from each, and their turns (empty for joint steps).
+
+    Raises:
+        ConfigError: when the images of a step cannot be shared.
+    """
+    total, alternating = cfg.XLEARNER.SAMPLING.IMS_PER_BATCH, cfg.XLEARNER.STEPS == "alternating"
+    if not total:
+        return list(sources), {source.name: 1 for source in sources} if alternating else {}
+    sizes = {source.name: len(data[source.name].train) for source in sources}
+    temperature = cfg.XLEARNER.SAMPLING.TEMPERATURE
+    try:
+        shares = share_images(total, sizes, temperature=temperature, workers=1 if alternating else world_size)
+    except ValueError as error:
+        raise ConfigError([f"XLEARNER.SAMPLING.IMS_PER_BATCH: {error}."]) from error
+    if alternating:
+        return [replace(source, ims_per_batch=total) for source in sources], shares
+    return [replace(source, ims_per_batch=shares[source.name]) for source in sources], {}
+
+
 def make_plan(cfg: CfgNode, *, world_size: int) -> Plan:
     """Validate a config and its data.
 
@@ -212,19 +254,22 @@ def make_plan(cfg: CfgNode, *, world_size: int) -> Plan:
         ConfigError: with all problems of the config; when it has none, with all problems of the data.
     """
     cfg = scale_to_workers(cfg, world_size)
-    problems = _check_settings(cfg)
-    sources = parse_sources(cfg.XLEARNER.SOURCES, problems, world_size=world_size)
+    problems = _check_settings(cfg, world_size)
+    sharing = cfg.XLEARNER.SAMPLING.IMS_PER_BATCH != 0  # instead of what each source says
+    sources = parse_sources(cfg.XLEARNER.SOURCES, problems, world_size=1 if sharing else world_size)
     probes = parse_probes(cfg.XLEARNER.PROBES, problems)
     with _collect(problems):
         register_sources(cfg, sources, probes)
     if problems:
         raise ConfigError(problems)
     data = load_sources(sources, probes, check_images=cfg.XLEARNER.CHECK_IMAGES)
+    sources, turns = _balance(cfg, sources, data, world_size)
     heads = {}
     for source in sources:
         with _collect(problems):
             heads[source.name] = head_config(source, cfg)
             problems += _check_batch(source, heads[source.name], world_size)
+            build_stream(source, heads[source.name], data[source.name].train, seed=0)
     if problems:
         raise ConfigError(problems)
     tasks = derive_tasks(sources, heads)
@@ -239,4 +284,5 @@ def make_plan(cfg: CfgNode, *, world_size: int) -> Plan:
         tasks=tuple(tasks),
         data=data,
         probes=tuple(probes),
+        turns=turns,
     )

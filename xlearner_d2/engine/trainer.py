@@ -60,12 +60,19 @@ class LatestBatch:
             yield self.batch
 
 
-def distributed(model: nn.Module) -> nn.Module:
-    """Wrap for gradient averaging when there are several workers; on CPUs too, where Detectron2's helper fails."""
+def distributed(model: nn.Module, *, alternating: bool) -> nn.Module:
+    """Wrap for gradient averaging when there are several workers; on CPUs too, where Detectron2's helper fails.
+
+    Args:
+        alternating: some parameters get no gradient in a step, the same ones on all workers. DDP then looks for them,
+            and leaves their gradient None, so that neither momentum nor weight decay moves them.
+    """
     if comm.get_world_size() == 1:
         return model
     devices = [comm.get_local_rank()] if next(model.parameters()).is_cuda else None
-    return DistributedDataParallel(model, device_ids=devices, broadcast_buffers=False)
+    return DistributedDataParallel(
+        model, device_ids=devices, broadcast_buffers=False, find_unused_parameters=alternating
+    )
 
 
 @torch.no_grad()
@@ -86,7 +93,8 @@ def build_step_trainer(cfg: CfgNode, model: nn.Module, loader: Any, optimizer: t
     """Detectron2's trainer for one model: with mixed precision and loss scaling on GPUs where AMP is on."""
     on_gpu = next(model.parameters()).is_cuda
     kind = AMPTrainer if cfg.SOLVER.AMP.ENABLED and on_gpu else SimpleTrainer
-    return kind(distributed(model), loader, optimizer)
+    alternating = cfg.XLEARNER.STEPS == "alternating"
+    return kind(distributed(model, alternating=alternating), loader, optimizer)
 
 
 def build_loader(plan: Plan, *, seed_offset: int = 0) -> DataLoader[Any]:
@@ -96,6 +104,7 @@ def build_loader(plan: Plan, *, seed_offset: int = 0) -> DataLoader[Any]:
         plan.heads,
         {name: data.train for name, data in plan.data.items()},
         seed=max(plan.cfg.SEED, 0) + seed_offset,
+        turns=plan.turns,
         num_workers=plan.cfg.DATALOADER.NUM_WORKERS,
     )
 

@@ -26,7 +26,8 @@ def expected_memory(plan: Plan, model: XLearner) -> float:
         ConfigError: with every source whose images its head cannot learn from.
     """
     problems: list[str] = []
-    total: float = sum(p.numel() for p in model.parameters()) * _BYTES_PER_PARAMETER[plan.cfg.SOLVER.OPTIMIZER]
+    steps: list[float] = []
+    fixed = sum(p.numel() for p in model.parameters()) * _BYTES_PER_PARAMETER[plan.cfg.SOLVER.OPTIMIZER]
     model.train()
     for source in plan.sources:
         try:
@@ -35,10 +36,10 @@ def expected_memory(plan: Plan, model: XLearner) -> float:
         except Exception as error:  # whatever a third party's head raises
             problems.append(f"XLEARNER.SOURCES.{source.name}: a trial step with {source.config} failed: {error!r}")
             continue
-        total += kept * (source.ims_per_batch // plan.world_size) / len(images)
+        steps.append(kept * (source.ims_per_batch // plan.world_size) / len(images))
     if problems:
         raise ConfigError(problems)
-    return total / 1e9
+    return (fixed + (max(steps) if plan.turns else sum(steps))) / 1e9
 
 
 def _images(plan: Plan, source: SourceSpec) -> list[dict[str, Any]]:

@@ -24,6 +24,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from ..data.mappers import SourceMapper, build_mapper
 from ..data.samplers import JointSampler
+from ..data.streams import Shuffled
 from ..engine.trainer import StepSeed, build_step_trainer
 from ..evaluation.build import build_evaluator
 from ..evaluation.probe import Labelled, extract_features, knn_probe, linear_probe
@@ -305,7 +306,9 @@ class _Batches:
     def __init__(self, data: Mapped, chosen: Sequence[int], *, batch_size: int, seed: int):
         self._data = data
         self._chosen = chosen
-        self._sampler = JointSampler(sizes={"": len(chosen)}, batch_sizes={"": batch_size}, seed=seed)
+        self._sampler = JointSampler(
+            streams={"": Shuffled(len(chosen), seed=(seed, ""))}, batch_sizes={"": batch_size}, seed=seed
+        )
 
     def __iter__(self) -> Iterator[list[dict[str, Any]]]:
         for draws in self._sampler:

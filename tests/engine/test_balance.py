@@ -1,0 +1,90 @@
+"""Shares, samplers and alternating steps in whole runs."""
+
+import json
+import re
+
+import pytest
+import torch
+from test_processes import finish, start
+
+from xlearner_d2.checkpoint.load import read_checkpoint
+from xlearner_d2.engine.plan import make_plan
+from xlearner_d2.specs import ConfigError
+
+TASKS = {"pics": "classification", "boxes": "detection", "areas": "segmentation"}
+
+
+def only_training(project, steps):
+    for record in project.content["XLEARNER"]["SOURCES"].values():
+        record["TEST"] = []
+    project.content["XLEARNER"]["PROBES"] = {}
+    project.content["XLEARNER"]["STEPS"] = "alternating"
+    project.content["XLEARNER"]["SQUEEZE"]["SOLVER"]["MAX_ITER"] = steps
+    project.content["SOLVER"]["MAX_ITER"] = steps
+    project.write(project.content)
+
+
+def moved(folder, first, second, key="model"):
+    """Names of the tensors that differ between two checkpoints, and of the others."""
+    before, after = (read_checkpoint(folder / f"model_{number:07d}.pth")[key] for number in (first, second))
+    changed = {name for name in before if not torch.equal(before[name], after[name])}
+    return changed, before.keys() - changed
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_idle_parameters_stay_bit_for_bit(project, workers):
+    """Step 4 is the detector's; the others had theirs before, so momentum and weight decay would move them."""
+    only_training(project, 5)
+    options = ["SOLVER.WEIGHT_DECAY", 0.1]
+    if workers == 1:
+        project.run(*options)
+    else:
+        finish(start(project, "--num-gpus", workers, *options))
+    changed, same = moved(project.root / "out/expand", 3, 4)
+    own = ("heads.boxes.", "backbone.branches.detection.", "backbone.reconciliation.detection.")
+    assert all(name.startswith(own) for name in changed)
+    assert not [name for name in same if name.startswith(own) and name.endswith("weight")]
+    assert (project.root / "out/student_d2.pth").is_file()
+    lines = [json.loads(line) for line in (project.root / "out/squeeze/metrics.json").read_text().splitlines()]
+    assert {"loss_hint_classification", "boxes/loss_mask"} <= set().union(*lines)
+
+
+def test_shares_and_turns_are_in_the_plan(project):
+    total = ["XLEARNER.SAMPLING.IMS_PER_BATCH", 12]
+    plan = project.dry_run(*total)
+    assert len(re.findall(r"(?:pics|boxes|areas) .* 8 +8 +3 +4 +1 ", plan)) == 3  # 2 * 4 / 8 epochs
+    plan = project.dry_run(*total, "XLEARNER.STEPS", "alternating")
+    assert len(re.findall(r"(?:pics|boxes|areas) .* 8 +8 +3 +12 +4 of 12 +1 ", plan)) == 3
+    plan = project.dry_run("XLEARNER.STEPS", "alternating")
+    assert len(re.findall(r"(?:pics|boxes|areas) .* 8 +8 +3 +2 +1 of 3 +0\.2", plan)) == 3
+
+
+def test_shares_replace_what_the_sources_say(project):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("DETECTRON2_DATASETS", str(project.root / "data"))
+        plan = make_plan(project.load("XLEARNER.SAMPLING.IMS_PER_BATCH", 18), world_size=3)
+    assert [source.ims_per_batch for source in plan.sources] == [6, 6, 6]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (
+            ["XLEARNER.SAMPLING.IMS_PER_BATCH", 2],
+            r"SAMPLING\.IMS_PER_BATCH: 2 images .* by 3 sources: at least 3",
+        ),
+        (["XLEARNER.SAMPLING.IMS_PER_BATCH", -1], r"SAMPLING\.IMS_PER_BATCH is -1, but a number of at least 0"),
+        (["XLEARNER.SAMPLING.TEMPERATURE", 0.0], r"SAMPLING\.TEMPERATURE is 0\.0, but a positive number is expected"),
+        (["XLEARNER.STEPS", "jiont"], r"XLEARNER\.STEPS is 'jiont'\. Did you mean 'joint'\?"),
+        (["XLEARNER.SOURCES.pics.SAMPLER", "class"], r"pics\.SAMPLER is 'class'\. Did you mean 'class_aware'\?"),
+        (["XLEARNER.SOURCES.areas.SAMPLER", "class_aware"], r"SOURCES\.areas\.TRAIN .* no class of images, boxes or"),
+    ],
+)
+def test_bad_settings(project, options, message):
+    with pytest.raises(ConfigError, match=message):
+        project.dry_run(*options)
+
+
+def test_workers_must_share_a_step_evenly(project):
+    with pytest.raises(ConfigError, match=r"IMS_PER_BATCH is 10, but a multiple of the number of workers, 4,"):
+        make_plan(project.load("XLEARNER.SAMPLING.IMS_PER_BATCH", 10), world_size=4)
