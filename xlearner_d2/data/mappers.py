@@ -13,8 +13,11 @@ import numpy as np
 import torch
 from detectron2.config import CfgNode
 from detectron2.data import DatasetMapper
+from detectron2.utils.file_io import PathManager
 from PIL import Image, ImageOps
 from timm.data import create_transform
+
+from . import files as files  # images in tar files and labels with a palette are then paths that can be opened
 
 Record = dict[str, Any]
 
@@ -60,7 +63,7 @@ class ClassificationMapper:
 
     def __call__(self, record: Record) -> Record:
         """Add ``image``: uint8 tensor (3, size, size)."""
-        with Image.open(record["file_name"]) as file:
+        with PathManager.open(record["file_name"], "rb") as stream, Image.open(stream) as file:
             upright = ImageOps.exif_transpose(file).convert("RGB")  # as Detectron2's reader turns it
         width, height = upright.size
         image = self.transform(upright)

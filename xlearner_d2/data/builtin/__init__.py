@@ -10,15 +10,19 @@ from pathlib import Path
 from detectron2.data import DatasetCatalog
 
 from ...specs import ConfigError, DatasetSpec, nearest
-from . import coco, image_folder, semantic, torchvision_sets, voc
+from . import coco, image_folder, image_list, lvis, panoptic, semantic, torchvision_sets, voc, webdataset_shards
 
 __all__ = ["dataset_root", "register_datasets"]
 
 _FORMATS: Mapping[str, Callable[[DatasetSpec, Path], None]] = {
     "coco": coco.register,
+    "coco_panoptic": panoptic.register,
+    "lvis": lvis.register,
     "voc": voc.register,
     "sem_seg": semantic.register,
     "image_folder": image_folder.register,
+    "image_list": image_list.register,
+    "webdataset": webdataset_shards.register,
     "torchvision": torchvision_sets.register,
 }
 

@@ -15,6 +15,7 @@ from detectron2.data.datasets import load_coco_json
 from ...specs import DatasetSpec
 from ..problems import Problems
 from .common import add_to_catalogs, fail, find_folder, raise_if_any, read_text, subject
+from .keypoints import keypoint_metadata, keypoint_names
 
 _LISTS = ("images", "annotations", "categories")
 
@@ -27,7 +28,7 @@ def register(spec: DatasetSpec, root: Path) -> None:
     """
     images = find_folder(spec, "IMAGES", root / spec.images)
     file = root / spec.annotations
-    classes = _read_classes(spec, file)
+    classes, keypoints = _read_classes(spec, file)
     add_to_catalogs(
         spec.name,
         functools.partial(load_coco_json, str(file), str(images), spec.name),
@@ -36,21 +37,34 @@ def register(spec: DatasetSpec, root: Path) -> None:
         evaluator_type="coco",
         thing_classes=list(classes.values()),
         thing_dataset_id_to_contiguous_id={category: index for index, category in enumerate(classes)},
+        **keypoints,
     )
 
 
-def _read_classes(spec: DatasetSpec, file: Path) -> dict[int, str]:
-    """Validate the json; return the class names by category id, in order of the ids as Detectron2 has them."""
-    data = _parse(spec, file)
+def _read_classes(spec: DatasetSpec, file: Path) -> tuple[dict[int, str], dict[str, Any]]:
+    """Validate the json.
+
+    Returns:
+        the class names by category id, in order of the ids as Detectron2 has them, and the metadata of keypoints.
+    """
+    data = parse_json(spec, file)
     problems = Problems(subject(spec))
-    categories = _check_categories(data["categories"], file, problems)
-    images = _check_images(data["images"], file, problems)
-    _check_annotations(data["annotations"], file, categories, images, problems)
+    categories = check_categories(data["categories"], file, problems)
+    images = check_images(data["images"], file, problems)
+    keypoints = {
+        key: len(keypoint_names(item)) for item in data["categories"] if isinstance(key := item.get("id"), int)
+    }
+    check_annotations(data["annotations"], file, categories, images, problems, num_keypoints=keypoints)
     raise_if_any(problems)
-    return dict(sorted(categories.items()))
+    return categories, keypoint_metadata(data["categories"], subject(spec))
 
 
-def _parse(spec: DatasetSpec, file: Path) -> dict[str, list[Any]]:
+def parse_json(spec: DatasetSpec, file: Path) -> dict[str, list[Any]]:
+    """Read a json of ``images``, ``annotations`` and ``categories``.
+
+    Raises:
+        ConfigError: if it is missing or malformed, or if one of the three is no list of objects.
+    """
     try:
         data = json.loads(read_text(spec, "ANNOTATIONS", file))
     except (json.JSONDecodeError, RecursionError) as error:
@@ -74,8 +88,8 @@ def _is_number(value: Any) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
-def _check_categories(items: list[dict[str, Any]], file: Path, problems: Problems) -> dict[int, str]:
-    """Class names by category id."""
+def check_categories(items: list[dict[str, Any]], file: Path, problems: Problems) -> dict[int, str]:
+    """Class names by category id, in order of the ids."""
     found: dict[int, str] = {}
     for number, item in enumerate(items):
         key, name = item.get("id"), item.get("name")
@@ -87,10 +101,10 @@ def _check_categories(items: list[dict[str, Any]], file: Path, problems: Problem
             problems.add("repeated categories", text)
         else:
             found[key] = name
-    return found
+    return dict(sorted(found.items()))
 
 
-def _check_images(items: list[dict[str, Any]], file: Path, problems: Problems) -> set[Any]:
+def check_images(items: list[dict[str, Any]], file: Path, problems: Problems) -> set[Any]:
     """Ids of the images."""
     found: set[Any] = set()
     kinds = {type(item.get("id")) for item in items}
@@ -113,9 +127,16 @@ def _check_images(items: list[dict[str, Any]], file: Path, problems: Problems) -
     return found
 
 
-def _check_annotations(
-    items: list[dict[str, Any]], file: Path, categories: Mapping[int, str], images: set[Any], problems: Problems
+def check_annotations(
+    items: list[dict[str, Any]],
+    file: Path,
+    categories: Mapping[int, str],
+    images: set[Any],
+    problems: Problems,
+    *,
+    num_keypoints: Mapping[int, int],
 ) -> None:
+    """Collect what is wrong with annotations; ``num_keypoints`` is that of the categories that list any."""
     found: set[Any] = set()
     for number, item in enumerate(items):
         key = item.get("id")
@@ -126,6 +147,8 @@ def _check_annotations(
         else:
             found.add(key)
         _check_annotation(item, file, number, categories, images, problems)
+        if item.get("keypoints"):
+            _check_keypoints(item, file, number, num_keypoints, problems)
 
 
 def _check_annotation(
@@ -149,12 +172,25 @@ def _check_annotation(
     if item.get("segmentation") and not _is_mask(item["segmentation"]):
         text = "has a 'segmentation' that is neither a list of polygons [[x1, y1, x2, y2, …]] nor RLE {size, counts}"
         _add(problems, "malformed segmentations", file, number, item, text)
-    if item.get("keypoints") and not _are_numbers(item["keypoints"]):
-        text = "has 'keypoints' that are no list of numbers [x1, y1, visibility1, …]"
-        _add(problems, "malformed keypoints", file, number, item, text)
     if item.get("ignore", 0):
         text = "has 'ignore' set, which Detectron2 does not support; use 'iscrowd' or leave it out"
         _add(problems, "annotations to ignore", file, number, item, text)
+
+
+def _check_keypoints(
+    item: dict[str, Any], file: Path, number: int, num_keypoints: Mapping[int, int], problems: Problems
+) -> None:
+    keypoints, category = item["keypoints"], item.get("category_id")
+    if not _are_numbers(keypoints):
+        text = "has 'keypoints' that are no list of numbers [x1, y1, visibility1, …]"
+        _add(problems, "malformed keypoints", file, number, item, text)
+        return
+    expected = num_keypoints.get(category, 0) if isinstance(category, int) else 0
+    if expected and len(keypoints) != 3 * expected:
+        text = (
+            f"has {len(keypoints)} numbers of keypoints, but 3 for each of the {expected} of its category are expected"
+        )
+        _add(problems, "wrong numbers of keypoints", file, number, item, text)
 
 
 def _is_mask(mask: Any) -> bool:

@@ -1,7 +1,8 @@
 """What the readers of all formats share: paths, lists of class names, and the entry in Detectron2's catalogs."""
 
+import os
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -76,6 +77,16 @@ def list_images(folder: Path) -> dict[str, Path]:
             raise ValueError(f"{path} and {images[path.stem].name} differ in their suffix alone, but one is expected.")
         images[path.stem] = path
     return images
+
+
+def walk_images(folder: Path, suffixes: Sequence[str] = IMG_EXTENSIONS) -> list[Path]:
+    """Images in ``folder`` and in folders below it, however deep, sorted; hidden ones are left out."""
+    found = []
+    for parent, folders, names in os.walk(folder, followlinks=True):
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        # Strings, as a path object for each of a million files takes its time.
+        found += [f"{parent}/{name}" for name in names if name.lower().endswith(tuple(suffixes)) and name[0] != "."]
+    return [Path(name) for name in sorted(found)]
 
 
 def read_classes(spec: DatasetSpec, root: Path, *, default: Path | None = None) -> list[str] | None:

@@ -6,26 +6,31 @@ and pairs images and labels by position, so that equally many of either with dif
 
 import functools
 import logging
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path, PurePosixPath
 
 from torchvision.datasets.folder import IMG_EXTENSIONS
 
 from ...specs import DatasetSpec
+from ..files import label_path
 from ..problems import Problems
 from .common import (
     Records,
     add_to_catalogs,
     fail,
     find_folder,
-    list_images,
     raise_if_any,
     read_classes,
     read_text,
     subject,
+    walk_images,
 )
 
 logger = logging.getLogger(__name__)
+
+#: Bit depth and colour type in the header of a PNG that holds one 8-bit channel, and where they are.
+_PLAIN, _PLAIN_AT = b"\x08\x00", slice(24, 26)
 
 
 def register(spec: DatasetSpec, root: Path) -> None:
@@ -41,10 +46,10 @@ def register(spec: DatasetSpec, root: Path) -> None:
         raise fail(spec, "CLASSES is empty, but the names of the label values 0, 1, … are expected.")
     if not 0 <= spec.ignore_value <= 255:
         raise fail(spec, f"IGNORE_VALUE is {spec.ignore_value}, but a label value from 0 to 255 is expected.")
-    names = _read_list(spec, root / spec.list) if spec.list else None
+    listed = _read_list(spec, root / spec.list) if spec.list else None
     add_to_catalogs(
         spec.name,
-        functools.partial(_read, spec, images, labels, names),
+        functools.partial(_read, spec, images, labels, listed),
         stuff_classes=classes,
         ignore_label=spec.ignore_value,
         image_root=str(images),
@@ -53,33 +58,72 @@ def register(spec: DatasetSpec, root: Path) -> None:
     )
 
 
-def _read_list(spec: DatasetSpec, path: Path) -> list[str]:
-    """Names of images, without folder and suffix, from a file with one a line.
+def _read_list(spec: DatasetSpec, path: Path) -> list[tuple[str, str]]:
+    """Of each line, the names of an image and of its label, as they are written.
 
-    A line may also give the label after the image, as the lists of some projects do; the two then share one name.
+    A line may give the image alone; the label then has the same name.
     """
     problems = Problems(subject(spec))
-    names: dict[str, int] = {}
+    found: dict[str, int] = {}
+    pairs = []
     for number, line in enumerate(read_text(spec, "LIST", path).splitlines(), 1):
-        found = {_name(word) for word in line.split()}
-        if len(found) > 1:
+        words = line.split()
+        if len(words) > 2:
             text = f"{path}, line {number}: got {line.strip()!r}, but one image, or it and its label, is expected."
             problems.add("malformed lines", text)
-        for name in found & names.keys():
-            problems.add("repeated images", f"{path}, line {number}: {name!r} is in line {names[name]} already.")
-        names |= dict.fromkeys(found, number)
+        elif words:
+            name = _key(words[0], spec.image_suffix)
+            if name in found:
+                text = f"{path}, line {number}: {name!r} is in line {found[name]} already."
+                problems.add("repeated images", text)
+            found[name] = number
+            pairs.append((words[0], words[-1]))
     raise_if_any(problems)
-    if not names:
+    if not pairs:
         raise fail(spec, f"LIST: {path} is empty, but one image name a line is expected.")
-    return list(names)
+    return pairs
 
 
-def _name(word: str) -> str:
-    path = PurePosixPath(word)
-    return path.stem if path.suffix.lower() in IMG_EXTENSIONS else path.name
+def _key(name: str, suffix: str) -> str:
+    """What images and labels are paired by: a path without the suffix of its format, and without ``suffix``."""
+    path = PurePosixPath(name)
+    stem = str(path.with_suffix("")) if path.suffix.lower() in IMG_EXTENSIONS else str(path)
+    return stem.removesuffix(_without_format(suffix))
 
 
-def _read(spec: DatasetSpec, image_folder: Path, label_folder: Path, listed: Sequence[str] | None) -> Records:
+def _without_format(suffix: str) -> str:
+    """``_gtFine_labelTrainIds`` for itself and for ``_gtFine_labelTrainIds.png``."""
+    path = PurePosixPath(f"x{suffix}")
+    return path.stem.removeprefix("x") if path.suffix.lower() in IMG_EXTENSIONS else suffix
+
+
+def _find(spec: DatasetSpec, folder: Path, *, suffix: str, key: str, formats: Sequence[str]) -> dict[str, Path]:
+    """Files below a folder, by what they are paired by.
+
+    Raises:
+        ConfigError: if there is none, or if two differ in the suffix of their format alone.
+    """
+    found: dict[str, Path] = {}
+    problems = Problems(subject(spec))
+    for path in walk_images(folder, formats):
+        if not path.stem.endswith(_without_format(suffix)):
+            continue
+        name = _key(path.relative_to(folder).as_posix(), suffix)
+        if name in found:
+            text = f"{path} and {found[name].name} differ in their suffix alone, but one is expected."
+            problems.add("ambiguous names", text)
+        found[name] = path
+    raise_if_any(problems)
+    if not found:
+        ending = f" whose name ends in {suffix!r} ({key})" if suffix else ""
+        kind = "label PNG" if formats == (".png",) else "image"
+        raise fail(spec, f"{folder} holds no {kind}{ending}, but files in it or in folders below it are expected.")
+    return found
+
+
+def _read(
+    spec: DatasetSpec, image_folder: Path, label_folder: Path, listed: Sequence[tuple[str, str]] | None
+) -> Records:
     """Detectron2 records of the images that are ``listed``, or else of all that have a label.
 
     Without a list, an image without a label is left out with a warning, as Detectron2 does, because only a part of a
@@ -88,29 +132,55 @@ def _read(spec: DatasetSpec, image_folder: Path, label_folder: Path, listed: Seq
     Raises:
         ConfigError: if there are no pairs, labels without an image, or listed images or labels are not there.
     """
-    try:
-        images, labels = list_images(image_folder), list_images(label_folder)
-    except ValueError as error:
-        raise fail(spec, str(error)) from error
-    labels = {name: path for name, path in labels.items() if path.suffix.lower() == ".png"}
-    for folder, kind, found in ((image_folder, "image", images), (label_folder, "label PNG", labels)):
-        if not found:
-            raise fail(spec, f"{folder} holds no {kind}, but files directly below it are expected.")
-        _check_listed(spec, folder, kind, found, listed or ())
+    images = _find(spec, image_folder, suffix=spec.image_suffix, key="IMAGE_SUFFIX", formats=IMG_EXTENSIONS)
+    labels = _find(spec, label_folder, suffix=spec.label_suffix, key="LABEL_SUFFIX", formats=(".png",))
     if listed is None:
         _check_labels(spec, image_folder, images, labels)
         _warn_unlabelled(spec, sorted(images.keys() - labels.keys()), len(images), label_folder)
-    names = labels if listed is None else listed
-    return [{"file_name": str(images[name]), "sem_seg_file_name": str(labels[name])} for name in names]
+        pairs = [(images[name], labels[name]) for name in labels]
+    else:
+        found_images = _choose(spec, image_folder, images, [image for image, _ in listed], spec.image_suffix, "image")
+        # A line that names the image alone names its label by the same name, less the image's own suffix.
+        names = [label if label != image else _key(image, spec.image_suffix) for image, label in listed]
+        found_labels = _choose(spec, label_folder, labels, names, spec.label_suffix, "label PNG")
+        pairs = list(zip(found_images, found_labels, strict=True))
+    with ThreadPoolExecutor() as pool:
+        paths = pool.map(functools.partial(_readable, spec), [label for _, label in pairs])
+        return [
+            {"file_name": str(image), "sem_seg_file_name": label}
+            for (image, _), label in zip(pairs, paths, strict=True)
+        ]
 
 
-def _check_listed(spec: DatasetSpec, folder: Path, kind: str, found: Mapping[str, Path], names: Iterable[str]) -> None:
-    problems = Problems(subject(spec))
+def _readable(spec: DatasetSpec, label: Path) -> str:
+    """A path by which Detectron2 reads class indices: the file itself if it holds nothing else."""
+    if spec.reduce_zero_label:
+        return label_path(label, reduce_zero_to=spec.ignore_value)
+    with label.open("rb") as stream:
+        plain = stream.read(_PLAIN_AT.stop)[_PLAIN_AT] == _PLAIN
+    return str(label) if plain else label_path(label)
+
+
+def _choose(
+    spec: DatasetSpec, folder: Path, found: Mapping[str, Path], names: Sequence[str], suffix: str, kind: str
+) -> list[Path]:
+    """The file of each listed name: by its path below the folder, or by its last part where only one file has it."""
+    by_last: dict[str, list[Path]] = {}
+    for key, path in found.items():
+        by_last.setdefault(PurePosixPath(key).name, []).append(path)
+    problems, chosen = Problems(subject(spec)), []
     for name in names:
-        if name not in found:
-            text = f"LIST has {name!r}, but {folder} has no {kind} of that name."
+        key = _key(name, suffix)
+        same = [found[key]] if key in found else by_last.get(PurePosixPath(key).name, [])
+        if not same:
+            text = f"LIST has {PurePosixPath(key).name!r}, but {folder} has no {kind} of that name."
             problems.add(f"listed names without {kind}", text)
+        elif len(same) > 1:
+            text = f"LIST has {name!r}, which may be {same[0]} or {same[1]}: give its path below {folder}."
+            problems.add("ambiguous names", text)
+        chosen += same[:1]
     raise_if_any(problems)
+    return chosen
 
 
 def _check_labels(spec: DatasetSpec, folder: Path, images: Mapping[str, Path], labels: Mapping[str, Path]) -> None:

@@ -1,4 +1,4 @@
-"""Pascal VOC: one XML file of boxes per image.
+"""Pascal VOC: one XML file of boxes per image, in the folders of the devkit or beside its image.
 
 The records equal those of Detectron2's ``load_voc_instances``, which is not used because it fails for a split of one
 image and for PNG images, and reports malformed files and unknown classes without naming the file.
@@ -6,8 +6,10 @@ image and for PNG images, and reports malformed files and unknown classes withou
 
 import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 from xml.etree import ElementTree
 
 from detectron2.structures import BoxMode
@@ -27,33 +29,98 @@ from .common import (
 )
 
 _CORNERS = ("xmin", "ymin", "xmax", "ymax")
+_EVALUATORS = {"voc": "pascal_voc", "coco": "coco"}
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Where things are.
+
+    Attributes:
+        folder: holds the devkit's folders, or else those of images beside their XML files; ``labels.txt`` is here.
+        images, annotations: folders of this split's images and XML files.
+        names: of the split's images, without suffix.
+        all_annotations: folders of the XML files of all splits.
+    """
+
+    folder: Path
+    images: Path
+    annotations: Path
+    names: Sequence[str]
+    all_annotations: Sequence[Path]
 
 
 def register(spec: DatasetSpec, root: Path) -> None:
     """Register a data set of format ``voc``.
 
     The classes are, in this order of preference, ``CLASSES``, ``labels.txt`` in the root, or all names of objects in
-    ``Annotations`` (of every split, so that the splits agree), sorted.
+    the annotations (of every split, so that the splits agree), sorted.
 
     Raises:
-        ConfigError: for a wrong layout, year or list of classes.
+        ConfigError: for a wrong layout, year, evaluation or list of classes.
     """
-    folder = find_folder(spec, "ROOT", root / spec.root)
-    for name in ("JPEGImages", "Annotations", "ImageSets/Main"):
-        find_folder(spec, "ROOT", folder / name)
     if spec.year not in (2007, 2012):
         raise fail(spec, f"YEAR is {spec.year}, but 2007 or 2012 is expected.")
-    _read_split(spec, folder)
-    classes = read_classes(spec, root, default=folder / "labels.txt") or _collect_classes(spec, folder)
+    if spec.evaluation not in _EVALUATORS:
+        text = f"EVALUATION is {spec.evaluation!r}, but {' or '.join(_EVALUATORS)} is expected."
+        raise fail(spec, text + nearest(spec.evaluation, _EVALUATORS))
+    layout = _find_layout(spec, find_folder(spec, "ROOT", root / spec.root))
+    classes = read_classes(spec, root, default=layout.folder / "labels.txt") or _collect_classes(spec, layout)
     add_to_catalogs(
         spec.name,
-        functools.partial(_read, spec, folder, classes),
+        functools.partial(_read, spec, layout, classes),
         thing_classes=classes,
-        dirname=str(folder),
+        dirname=str(layout.folder),
+        annotation_dir=str(layout.annotations),
         year=spec.year,
         split=spec.split,
-        evaluator_type="pascal_voc",
+        evaluator_type=_EVALUATORS[spec.evaluation],
     )
+
+
+def _find_layout(spec: DatasetSpec, folder: Path) -> Layout:
+    """The devkit's folders, in ``folder`` or, as it unpacks, in VOC2007 and VOC2012 below it; else flat ones."""
+    year = f"VOC{spec.year}"
+    devkits = [folder, folder / year, folder / "VOCdevkit" / year]
+    for devkit in devkits:
+        if (devkit / "Annotations").is_dir():
+            return _devkit(spec, devkit)
+    others = [path for path in (folder, folder / "VOCdevkit") if any(path.glob("VOC20*/Annotations"))]
+    if others:
+        years = ", ".join(sorted(path.parent.name for path in others[0].glob("VOC20*/Annotations")))
+        raise fail(spec, f"ROOT: {others[0]} holds {years}, but not {year} (YEAR is {spec.year}).")
+    return _flat(spec, folder)
+
+
+def _devkit(spec: DatasetSpec, folder: Path) -> Layout:
+    images, annotations = find_folder(spec, "ROOT", folder / "JPEGImages"), folder / "Annotations"
+    if spec.split:
+        find_folder(spec, "ROOT", folder / "ImageSets/Main")
+        names = _read_split(spec, folder)
+    else:
+        names = _xml_names(spec, annotations)
+    return Layout(folder, images, annotations, names, [annotations])
+
+
+def _flat(spec: DatasetSpec, folder: Path) -> Layout:
+    """Images beside their XML files: in ``folder``, or in one folder for each split."""
+    if not spec.split:
+        return Layout(folder, folder, folder, _xml_names(spec, folder), [folder])
+    part = folder / spec.split
+    if not part.is_dir():
+        known = [path.name for path in folder.iterdir() if path.is_dir()]
+        text = f"{folder} has neither a folder Annotations (of the VOC devkit) nor a folder {spec.split} (SPLIT)."
+        raise fail(spec, f"ROOT: {text}{nearest(spec.split, known)}")
+    parts = sorted({path.parent for path in folder.glob("*/*.xml")})
+    return Layout(folder, part, part, _xml_names(spec, part), parts)
+
+
+def _xml_names(spec: DatasetSpec, folder: Path) -> list[str]:
+    names = sorted(path.stem for path in folder.glob("*.xml"))
+    if not names:
+        text = "but Annotations and JPEGImages, or images beside their XML files, are expected"
+        raise fail(spec, f"ROOT: {folder} has no XML file, {text}. Splits in folders of their own need SPLIT.")
+    return names
 
 
 def _read_split(spec: DatasetSpec, folder: Path) -> list[str]:
@@ -94,41 +161,48 @@ def _parse(file: Path, problems: Problems) -> ElementTree.Element | None:
     return None
 
 
-def _collect_classes(spec: DatasetSpec, folder: Path) -> list[str]:
+def _collect_classes(spec: DatasetSpec, layout: Layout) -> list[str]:
     problems = Problems(subject(spec))
     names: set[str] = set()
-    for file in sorted((folder / "Annotations").glob("*.xml")):
+    for file in sorted(path for folder in layout.all_annotations for path in folder.glob("*.xml")):
         tree = _parse(file, problems)
         if tree is not None:
             names |= {name for item in tree.findall("object") if (name := item.findtext("name"))}
     raise_if_any(problems)
     if not names:
-        text = f"{folder / 'Annotations'} has no XML file with a named object, so there are no classes; give CLASSES."
+        text = f"{layout.annotations} has no XML file with a named object, so there are no classes; give CLASSES."
         raise fail(spec, text)
     return sorted(names)
 
 
-def _read(spec: DatasetSpec, folder: Path, classes: Sequence[str]) -> Records:
+def _read(spec: DatasetSpec, layout: Layout, classes: Sequence[str]) -> Records:
     """Detectron2 records of the split.
+
+    For COCO's evaluation images are numbered, as it needs, and difficult objects are crowds: they are not learnt, and
+    finding them is neither right nor wrong.
 
     Raises:
         ConfigError: with the problems of all annotation files.
     """
     problems = Problems(subject(spec))
     try:
-        images = list_images(folder / "JPEGImages")
+        images = list_images(layout.images)
     except ValueError as error:
         raise fail(spec, str(error)) from error
+    indices = {name: index for index, name in enumerate(classes)}
+    as_coco = spec.evaluation == "coco"
     records = []
-    for name in _read_split(spec, folder):
-        file = folder / "Annotations" / f"{name}.xml"
+    for number, name in enumerate(layout.names, 1):
+        file = layout.annotations / f"{name}.xml"
         tree = _parse(file, problems)
         if tree is None:
             continue
         # A missing image gets the usual suffix; that it is missing is for the check of all files to say.
-        image = images.get(name, folder / "JPEGImages" / f"{name}.jpg")
-        record = {"file_name": str(image), "image_id": name, **_size(file, tree, problems)}
-        records.append({**record, "annotations": _objects(file, tree, classes, problems)})
+        image = images.get(name, layout.images / f"{name}.jpg")
+        size = _size(file, tree, problems)
+        objects = _objects(file, tree, indices, problems, difficult_is_crowd=as_coco)
+        image_id = number if as_coco else name
+        records.append({"file_name": str(image), "image_id": image_id, **size, "annotations": objects})
     raise_if_any(problems)
     return records
 
@@ -146,11 +220,18 @@ def _size(file: Path, tree: ElementTree.Element, problems: Problems) -> dict[str
     return size
 
 
-def _objects(file: Path, tree: ElementTree.Element, classes: Sequence[str], problems: Problems) -> Records:
+def _objects(
+    file: Path,
+    tree: ElementTree.Element,
+    classes: Mapping[str, int],
+    problems: Problems,
+    *,
+    difficult_is_crowd: bool,
+) -> Records:
     objects = []
     for number, item in enumerate(tree.findall("object"), 1):
         name = item.findtext("name")
-        if name not in classes:
+        if name is None or name not in classes:
             suggestion = nearest(name or "", classes)
             text = f"{file}: object {number} is {name!r}, which is not among the {len(classes)} classes.{suggestion}"
             problems.add("objects of unknown classes", text)
@@ -163,7 +244,10 @@ def _objects(file: Path, tree: ElementTree.Element, classes: Sequence[str], prob
             continue
         # Corners are 1-based and inclusive, so the first pixel alone is xmin = xmax = 1 and becomes [0, 1].
         box = [corners[0] - 1.0, corners[1] - 1.0, corners[2], corners[3]]
-        objects.append({"category_id": classes.index(name), "bbox": box, "bbox_mode": BoxMode.XYXY_ABS})
+        found: dict[str, Any] = {"category_id": classes[name], "bbox": box, "bbox_mode": BoxMode.XYXY_ABS}
+        if difficult_is_crowd:
+            found["iscrowd"] = int((item.findtext("difficult") or "0").strip() == "1")
+        objects.append(found)
     return objects
 
 

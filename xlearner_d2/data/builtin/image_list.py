@@ -1,0 +1,171 @@
+"""Image classification: a csv or text file with one image a line, followed by its label or labels."""
+
+import csv
+import functools
+import io
+import re
+from collections.abc import Iterator, Sequence
+from pathlib import Path, PurePath
+from typing import NamedTuple
+
+from torchvision.datasets.folder import IMG_EXTENSIONS
+
+from ...specs import DatasetSpec, nearest
+from ..problems import Problems
+from .common import Records, add_to_catalogs, fail, find_folder, raise_if_any, read_text, subject
+from .label_names import class_index, find_classes, unknown_label
+
+#: Names of columns, in lower case, that need no ``COLUMNS``.
+_PATH_NAMES = ("path", "file_name", "filename", "file", "filepath", "file_path", "image", "image_path", "image_name")
+_LABEL_NAMES = ("label", "labels", "class", "classes", "category", "class_name", "class_id", "target", "tags")
+_SUFFIXES = "|".join(map(re.escape, IMG_EXTENSIONS))
+#: "path with spaces.jpg label": the path ends at the first suffix of an image that a space follows.
+_SPACED = re.compile(rf"(?P<path>.*?(?:{_SUFFIXES}))[ \t]+(?P<label>[^\s,;].*)", re.IGNORECASE)
+_DELIMITERS = "\t,;"
+
+
+class Row(NamedTuple):
+    """An image of the list: the line it is in, its path and its labels as they are written."""
+
+    line: int
+    path: str
+    labels: tuple[str, ...]
+
+
+def register(spec: DatasetSpec, root: Path) -> None:
+    """Register a data set of format ``image_list``. The list is read here, as it has the classes.
+
+    Raises:
+        ConfigError: for a missing list, column or folder, malformed lines, images listed twice, or unknown labels.
+    """
+    file = root / spec.list
+    folder = find_folder(spec, "IMAGES", root / spec.images) if spec.images else file.parent
+    rows = _read_rows(spec, file)
+    classes = find_classes(spec, root, (label for row in rows for label in row.labels))
+    add_to_catalogs(
+        spec.name,
+        functools.partial(_records, folder, rows, _indices(spec, file, rows, classes), multi_label=spec.multi_label),
+        classes=classes,
+        image_root=str(folder),
+        evaluator_type="multilabel" if spec.multi_label else "classification",
+    )
+
+
+def _records(folder: Path, rows: Sequence[Row], indices: Sequence[tuple[int, ...]], *, multi_label: bool) -> Records:
+    """One record per image: ``file_name``, ``image_id`` (the path in the list), and ``category_id`` (int), or for
+    several labels ``category_ids`` (sorted list of int)."""
+    records: Records = []
+    for row, found in zip(rows, indices, strict=True):
+        label = {"category_ids": sorted(set(found))} if multi_label else {"category_id": found[0]}
+        records.append({"file_name": str(folder / row.path), "image_id": row.path, **label})
+    return records
+
+
+def _indices(spec: DatasetSpec, file: Path, rows: Sequence[Row], classes: Sequence[str]) -> list[tuple[int, ...]]:
+    by_name = {name: index for index, name in enumerate(classes)}
+    problems = Problems(subject(spec))
+    found = []
+    for row in rows:
+        indices = [class_index(label, by_name) for label in row.labels]
+        for label, index in zip(row.labels, indices, strict=True):
+            if index is None:
+                text = (
+                    f"{file}, line {row.line}: {row.path} has the label {label!r}, but {unknown_label(label, by_name)}"
+                )
+                problems.add("labels of unknown classes", text + _several(spec, label))
+        found.append(tuple(index for index in indices if index is not None))
+    raise_if_any(problems)
+    return found
+
+
+def _several(spec: DatasetSpec, label: str) -> str:
+    return "" if spec.multi_label or ";" not in label else " Set MULTI_LABEL: True if these are several labels."
+
+
+def _read_rows(spec: DatasetSpec, file: Path) -> list[Row]:
+    """The images of the list, in its order.
+
+    Raises:
+        ConfigError: with all malformed lines and repeated images.
+    """
+    text = read_text(spec, "LIST", file)
+    cells = [(line, row) for line, row in _split(text) if any(row)]
+    if cells and not any(map(_is_image, cells[0][1])):
+        header, cells = cells[0][1], cells[1:]
+    else:
+        header = []
+    if not cells:
+        raise fail(spec, f"LIST: {file} has no image, but one a line is expected, followed by its label.")
+    path_column, label_column = _find_columns(spec, file, header, len(cells[0][1]))
+    problems, seen, rows = Problems(subject(spec)), dict[str, int](), []
+    for line, row in cells:
+        if len(row) <= max(path_column, label_column) or not row[path_column]:
+            expected = (
+                f"a path in column {path_column} and a label in column {label_column}, counted from 0, are expected"
+            )
+            problems.add("malformed lines", f"{file}, line {line}: got {row}, but {expected}.")
+            continue
+        path, labels = row[path_column], _split_labels(spec, row[label_column])
+        if path in seen:
+            problems.add("repeated images", f"{file}, line {line}: {path} is in line {seen[path]} already.")
+        if not labels and not spec.multi_label:
+            problems.add("images without a label", f"{file}, line {line}: {path} has no label, but one is expected.")
+        seen.setdefault(path, line)
+        rows.append(Row(line, path, labels))
+    raise_if_any(problems)
+    return rows
+
+
+def _split_labels(spec: DatasetSpec, cell: str) -> tuple[str, ...]:
+    if not spec.multi_label:
+        return (cell,) if cell else ()
+    parts = cell.split(";") if ";" in cell else cell.split()
+    return tuple(part.strip() for part in parts if part.strip())
+
+
+def _split(text: str) -> Iterator[tuple[int, list[str]]]:
+    """Number and cells of each line, without spaces around them."""
+    lines = text.splitlines()
+    # The second line, as the first one may be a header.
+    probe = next((line for line in lines[1:2] if line.strip()), lines[0] if lines else "")
+    delimiter = next((char for char in _DELIMITERS if char in probe), "")
+    if delimiter and not _SPACED.fullmatch(probe.strip()):
+        reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, skipinitialspace=True)
+        for row in reader:
+            yield reader.line_num, [cell.strip() for cell in row]
+        return
+    for number, line in enumerate(lines, 1):
+        found = _SPACED.fullmatch(line.strip())
+        yield number, [found["path"], found["label"].strip()] if found else line.split(maxsplit=1)
+
+
+def _is_image(cell: str) -> bool:
+    return PurePath(cell).suffix.lower() in IMG_EXTENSIONS
+
+
+def _find_columns(spec: DatasetSpec, file: Path, header: Sequence[str], width: int) -> tuple[int, int]:
+    """Numbers of the columns of the path and of the label, from 0."""
+    if spec.columns:
+        if len(spec.columns) != 2:
+            text = f"COLUMNS is {list(spec.columns)}, but two are expected: that of the path and that of the label."
+            raise fail(spec, text)
+        path, label = (_find_column(spec, file, header, width, column) for column in spec.columns)
+        return path, label
+    lower = [name.lower() for name in header]
+    known = [next((lower.index(name) for name in names if name in lower), -1) for names in (_PATH_NAMES, _LABEL_NAMES)]
+    if min(known) >= 0:
+        return known[0], known[1]
+    if width == 2:
+        return 0, 1
+    what = f"the columns {', '.join(header)}" if header else f"{width} columns and no header"
+    text = f"{file} has {what}; give those of the path and of the label as COLUMNS, by name or by number from 0."
+    raise fail(spec, text)
+
+
+def _find_column(spec: DatasetSpec, file: Path, header: Sequence[str], width: int, column: object) -> int:
+    if isinstance(column, str) and column in header:
+        return list(header).index(column)
+    if isinstance(column, int) and not isinstance(column, bool) and 0 <= column < width:
+        return column
+    known = nearest(str(column), header) if header else f" It has no header and {width} columns, numbered from 0."
+    raise fail(spec, f"COLUMNS: {file} has no column {column!r}.{known}")
