@@ -92,7 +92,7 @@ def test_labels_are_names_or_numbers(
 )
 def test_several_labels(text: str, tmp_path: Path) -> None:
     assert listed(tmp_path, text, SEVERAL) == [("a.jpg", ["heron", "stork"]), ("b.jpg", []), ("c.jpg", ["stork"])]
-    assert MetadataCatalog.get("x_list").evaluator_type == "multilabel"
+    assert MetadataCatalog.get("x_list").evaluator_type == "multi_label"
 
 
 def test_several_labels_in_a_text_file(tmp_path: Path) -> None:

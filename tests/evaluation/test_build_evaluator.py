@@ -221,10 +221,10 @@ def test_classification(register):
     assert isinstance(build_evaluator(name, output_dir=None), ClassificationEvaluator)
 
 
-@pytest.mark.parametrize("metadata", [{}, {"evaluator_type": "lvis"}])
+@pytest.mark.parametrize("metadata", [{}, {"evaluator_type": "cityscapes_instance"}])
 def test_unknown_type_lists_the_known_ones(register, metadata):
     name = register(lambda name: DatasetCatalog.register(name, list), **metadata)
-    with pytest.raises(ValueError, match=r"evaluator_type.*coco, pascal_voc, sem_seg, classification"):
+    with pytest.raises(ValueError, match=r"evaluator_type.*coco, lvis, pascal_voc, sem_seg, classification"):
         build_evaluator(name, output_dir=None)
 
 

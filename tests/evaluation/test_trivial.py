@@ -95,5 +95,5 @@ def test_no_label(register):
 
 
 def test_unknown_type(register):
-    with pytest.raises(ValueError, match=r"evaluator_type of the data set .* is 'lvis'"):
-        trivial_metrics(register([], evaluator_type="lvis"))
+    with pytest.raises(ValueError, match=r"evaluator_type of the data set .* is 'rotated'"):
+        trivial_metrics(register([], evaluator_type="rotated"))

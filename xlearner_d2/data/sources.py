@@ -72,8 +72,10 @@ def load_sources(
         by = ", ".join(user for user, names in users.items() if name in names)
         try:
             records[name] = DatasetCatalog.get(name)
-        except (ValueError, OSError, KeyError, AssertionError) as error:
-            found = error.problems if isinstance(error, ConfigError) else [f"data set {name!r}: {error}"]
+        except (ValueError, OSError, KeyError, AssertionError, ImportError) as error:
+            found = (
+                error.problems if isinstance(error, ConfigError) else [f"data set {name!r}: {error}{_advice(error)}"]
+            )
         else:
             found = check_records(name, records[name], MetadataCatalog.get(name), max_images=check_images)
         problems += [f"{by}: {problem}" for problem in found]
@@ -88,6 +90,12 @@ def load_sources(
         )
         for source in sources
     }
+
+
+def _advice(error: Exception) -> str:
+    if getattr(error, "name", None) == "lvis":  # which Detectron2's reader of LVIS imports
+        return ". Give its files a record of FORMAT lvis, under another name, which needs no such package."
+    return ""
 
 
 def _usable(records: Records, source: SourceSpec) -> Records:

@@ -1,16 +1,20 @@
 """The evaluator of a data set, chosen by its metadata, and the headline numbers of an evaluation."""
 
+import atexit
 import contextlib
 import functools
 import io
 import logging
 import os
+import tempfile
 from collections import OrderedDict, defaultdict
 from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 from detectron2.data import DatasetCatalog, Metadata, MetadataCatalog
+from detectron2.data.datasets.coco import convert_to_coco_json
 from detectron2.evaluation import DatasetEvaluator, PascalVOCDetectionEvaluator, SemSegEvaluator
 from detectron2.evaluation.coco_evaluation import COCOeval, COCOeval_opt
 from detectron2.evaluation.pascal_voc_evaluation import parse_rec
@@ -20,6 +24,7 @@ from pycocotools.coco import COCO
 
 from .classification import ClassificationEvaluator
 from .fast_coco import FastCOCOEvaluator
+from .lvis import QuietLVISEvaluator
 
 logger = logging.getLogger(__name__)
 
@@ -136,10 +141,14 @@ class PresentClassesVOCEvaluator(PascalVOCDetectionEvaluator):
     def __init__(self, dataset_name: str):
         """
         Raises:
-            ValueError: if an annotation lacks what the evaluation reads.
+            ValueError: if an annotation lacks what the evaluation reads, or a name has what it cannot write.
         """
         super().__init__(dataset_name)
-        self._class_names: list[str] = list(MetadataCatalog.get(dataset_name).thing_classes)
+        metadata = MetadataCatalog.get(dataset_name)
+        if "annotation_dir" in metadata.as_dict():  # ours, which need not be in the devkit's folders
+            self._anno_file_template = os.path.join(metadata.annotation_dir, "{}.xml")
+            self._image_set_path = _write_names(dataset_name)
+        self._class_names: list[str] = list(metadata.thing_classes)
         present = self._names_in_split()
         self._present = [index for index, name in enumerate(self._class_names) if name in present]
 
@@ -174,6 +183,33 @@ class PresentClassesVOCEvaluator(PascalVOCDetectionEvaluator):
                 ) from error
             names |= {item["name"] for item in objects if not item["difficult"]}
         return names
+
+
+def _temporary_folder() -> Path:
+    """A folder that is there until this process ends."""
+    folder = tempfile.TemporaryDirectory(prefix="xlearner_d2_")
+    atexit.register(folder.cleanup)
+    return Path(folder.name)
+
+
+def _write_names(dataset_name: str) -> str:
+    """A file of the names of a data set's images, one a line, as Detectron2's Pascal VOC evaluator reads it."""
+    names = [str(record["image_id"]) for record in DatasetCatalog.get(dataset_name)]
+    classes = MetadataCatalog.get(dataset_name).thing_classes
+    wrong = [name for name in names if len(name.split()) != 1] + [name for name in classes if "/" in name]
+    if wrong:
+        text = "Pascal VOC evaluation takes no image whose name has a space, and no class with a slash"
+        raise ValueError(f"data set {dataset_name!r} has {wrong[0]!r}: {text}. Set EVALUATION: coco.")
+    path = _temporary_folder() / "names.txt"
+    path.write_text("\n".join(names), encoding="utf-8")
+    return str(path)
+
+
+def _write_coco_json(dataset_name: str) -> str:
+    """A COCO json of a data set that was read from another format."""
+    path = str(_temporary_folder() / f"{dataset_name}.json")
+    convert_to_coco_json(dataset_name, path, allow_cached=False)
+    return path
 
 
 class CheckedSemSegEvaluator(SemSegEvaluator):
@@ -214,7 +250,13 @@ def read_labels(file_name: str, dtype: Any = int, *, num_classes: int, ignore_la
 
 
 def _build_coco(name: str, meta: Metadata, output_dir: str | None) -> DatasetEvaluator:
+    if "json_file" not in meta.as_dict():
+        meta.json_file = _write_coco_json(name)
     return QuietCOCOEvaluator(name, output_dir=output_dir)
+
+
+def _build_lvis(name: str, meta: Metadata, output_dir: str | None) -> DatasetEvaluator:
+    return QuietLVISEvaluator(name, output_dir=output_dir)
 
 
 def _build_voc(name: str, meta: Metadata, output_dir: str | None) -> DatasetEvaluator:
@@ -230,7 +272,11 @@ def _build_classification(name: str, meta: Metadata, output_dir: str | None) -> 
 
 
 _BUILDERS: OrderedDict[str, Callable[[str, Metadata, str | None], DatasetEvaluator]] = OrderedDict(
-    coco=_build_coco, pascal_voc=_build_voc, sem_seg=_build_sem_seg, classification=_build_classification
+    coco=_build_coco,
+    lvis=_build_lvis,
+    pascal_voc=_build_voc,
+    sem_seg=_build_sem_seg,
+    classification=_build_classification,
 )
 
 

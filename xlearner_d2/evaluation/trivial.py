@@ -28,12 +28,12 @@ def trivial_metrics(dataset_name: str, *, train_names: Sequence[str] = ()) -> di
         ValueError: for an unknown ``evaluator_type``, a missing training set, or data without any label.
     """
     kind = MetadataCatalog.get(dataset_name).get("evaluator_type", None)
-    if kind not in ("coco", "pascal_voc", "sem_seg", "classification"):
+    if kind not in ("coco", "lvis", "pascal_voc", "sem_seg", "classification"):
         raise ValueError(f"evaluator_type of the data set {dataset_name!r} is {kind!r}; no constant answer is known.")
     test = DatasetCatalog.get(dataset_name)
     if kind == "pascal_voc":
         return {"bbox/AP": 0.0}
-    if kind == "coco":
+    if kind in ("coco", "lvis"):
         has_masks = any(item.get("segmentation") for record in test for item in record.get("annotations", ()))
         return {"bbox/AP": 0.0, "segm/AP": 0.0} if has_masks else {"bbox/AP": 0.0}
     if not train_names:

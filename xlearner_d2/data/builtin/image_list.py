@@ -47,7 +47,7 @@ def register(spec: DatasetSpec, root: Path) -> None:
         functools.partial(_records, folder, rows, _indices(spec, file, rows, classes), multi_label=spec.multi_label),
         classes=classes,
         image_root=str(folder),
-        evaluator_type="multilabel" if spec.multi_label else "classification",
+        evaluator_type="multi_label" if spec.multi_label else "classification",
     )
 
 
