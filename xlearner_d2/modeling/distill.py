@@ -82,6 +82,8 @@ class PHIStandardiser(Standardiser):
 
         super().__init__(channels)
         self.last_update = last_update
+        self._seen: int | None = None  # num_batches, where reading it does not wait for the GPU
+        self.register_load_state_dict_post_hook(PHIStandardiser._forget_seen)
         self.register_buffer("cov", torch.eye(channels))
         self.register_buffer("rotation", torch.eye(channels))
         basis = torch.from_numpy(hadamard(channels)).float() / channels**0.5
@@ -90,8 +92,11 @@ class PHIStandardiser(Standardiser):
     @torch.no_grad()
     def update(self, features: Tensor) -> None:
         """Take features (N, C, H, W) float32 into account, until the rotation is settled."""
-        if self.num_batches >= self.last_update:
+        if self._seen is None:
+            self._seen = int(self.num_batches)
+        if self._seen >= self.last_update:
             return
+        self._seen += 1
         super().update(features)
         points = features.movedim(1, -1).flatten(0, -2) - self.mean  # (N*H*W, C)
         cov = points.T @ points / len(points)
@@ -99,10 +104,13 @@ class PHIStandardiser(Standardiser):
             torch.distributed.all_reduce(cov)
             cov /= comm.get_world_size()
         self.cov += (cov - self.cov) / self.num_batches
-        if int(self.num_batches).bit_count() == 1:
+        if self._seen.bit_count() == 1:
             values, vectors = torch.linalg.eigh(self.cov)
             scale = values.clamp(min=0).mean().clamp(min=self.eps).rsqrt()
             self.rotation.copy_(scale * self.hadamard @ vectors.T)
+
+    def _forget_seen(self, _keys: object) -> None:
+        self._seen = None
 
     def forward(self, features: Tensor) -> Tensor:
         """Rotated and scaled features, same shape."""

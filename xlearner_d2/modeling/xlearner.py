@@ -1,5 +1,6 @@
 """The meta-architecture: an expanded backbone and one head per source."""
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -40,6 +41,12 @@ class ImageGroup:
             rows[source] = slice(start, start + len(of))
             start += len(of)
         return cls(images=torch.cat(list(images.values())), rows=rows)
+
+    def split(self, features: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:
+        """By source, its rows of each stage's features; their gradients are joined, not padded with zeros and added."""
+        sizes = [rows.stop - rows.start for rows in self.rows.values()]
+        parts = {stage: feature.split(sizes) for stage, feature in features.items()}
+        return {source: {stage: of[number] for stage, of in parts.items()} for number, source in enumerate(self.rows)}
 
 
 def _log_scope(name: str) -> AbstractContextManager[Any]:
@@ -128,12 +135,20 @@ class XLearner(nn.Module):
             if not self.training:
                 return {source: self.heads[source](inputs) for source, inputs in batches.items()}
             losses: dict[str, Tensor] = {}
-            for group in self.image_groups({s: inputs for s, inputs in batches.items() if not self._mixes(s)}):
+            joint = self._joint_sources(batches)
+            for group in self.image_groups({source: batches[source] for source in joint}):
                 features = self.backbone(group.images, self.task_of[next(iter(group.rows))])
                 losses |= self.head_losses(batches, group, features)
-            for source in filter(self._mixes, batches):
-                losses |= self._losses(source, batches[source])
+            for source in batches:
+                if source not in joint:
+                    losses |= self._losses(source, batches[source])
             return {name: losses[name] for source in batches for name in losses if name.startswith(f"{source}/")}
+
+    def _joint_sources(self, batches: SourceBatches) -> list[str]:
+        """Sources whose images go through their branch together with others'; a lone one's head calls it itself."""
+        branches = {s: self.backbone.branch_of[self.task_of[s]] for s in batches if not self._mixes(s)}
+        counts = Counter(branches.values())
+        return [source for source, branch in branches.items() if counts[branch] > 1]
 
     def autocast(self) -> torch.autocast | nullcontext[None]:
         """The precision this model runs in, for callers that use its parts."""
@@ -165,9 +180,9 @@ class XLearner(nn.Module):
             features: of the group's images, by stage.
         """
         losses: dict[str, Tensor] = {}
-        for source, rows in group.rows.items():
-            own = {stage: feature[rows] for stage, feature in features.items()}
-            with self.backbone.given(group.images[rows], own):
+        for source, own in group.split(features).items():
+            images = group.images[group.rows[source]]
+            with self.backbone.given(images, own, trusted=self._passes_images_on(source)):
                 losses |= self._losses(source, batches[source])
         return losses
 
@@ -179,6 +194,11 @@ class XLearner(nn.Module):
     def _mixes(self, source: str) -> bool:
         """Whether a head changes its images in training, so that features of the unchanged ones are of no use to it."""
         return getattr(self.heads[source], "mixup", None) is not None
+
+    def _passes_images_on(self, source: str) -> bool:
+        """Whether a head is known to give its backbone the normalised images as they are: Detectron2's and ours do."""
+        package = type(self.heads[source]).__module__.partition(".")[0]
+        return package in ("detectron2", __name__.partition(".")[0]) and not self._mixes(source)
 
     def preprocess(self, source: str, inputs: list[dict[str, Any]]) -> Tensor:
         """Normalised images of one source, padded to one size as its head pads them: (N, 3, H, W) float32."""

@@ -1,0 +1,136 @@
+"""Fused optimisers and joint clipping against the plain ones of torch and Detectron2."""
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+from detectron2.config import CfgNode, get_cfg
+from detectron2.solver import get_default_optimizer_params
+from detectron2.solver.build import maybe_add_gradient_clipping
+from torch import nn
+
+from xlearner_d2 import add_xlearner_config
+from xlearner_d2.engine.optimizer import clip_each_norm, clip_each_value, make_optimizer
+
+
+def config(*opts: Any) -> CfgNode:
+    cfg = get_cfg()
+    add_xlearner_config(cfg)
+    cfg.merge_from_list(["SOLVER.BASE_LR", 0.1, "SOLVER.WEIGHT_DECAY", 0.05, "SOLVER.WEIGHT_DECAY_NORM", 0.01, *opts])
+    return cfg
+
+
+def network() -> nn.Module:
+    torch.manual_seed(0)
+    layers = [nn.Conv2d(3, 4, 3, bias=False), nn.BatchNorm2d(4), nn.Flatten(), nn.Linear(4 * 36, 2)]
+    return nn.Sequential(*layers).to(memory_format=torch.channels_last)
+
+
+def loss_of(model: nn.Module, step: int) -> torch.Tensor:
+    images = torch.randn(4, 3, 8, 8, generator=torch.Generator().manual_seed(step))
+    return (model(images) ** 2).mean() * 10**step  # gradients below and above the limit
+
+
+def reference(cfg: CfgNode, model: nn.Module) -> torch.optim.Optimizer:
+    """As Detectron2 builds it: one parameter after the other, each clipped by itself."""
+    groups = get_default_optimizer_params(
+        model,
+        base_lr=cfg.SOLVER.BASE_LR,
+        weight_decay=cfg.SOLVER.WEIGHT_DECAY,
+        weight_decay_norm=cfg.SOLVER.WEIGHT_DECAY_NORM,
+        bias_lr_factor=cfg.SOLVER.BIAS_LR_FACTOR,
+        weight_decay_bias=cfg.SOLVER.WEIGHT_DECAY_BIAS,
+    )
+    plain: dict[str, Any] = {"lr": cfg.SOLVER.BASE_LR, "foreach": False, "fused": False}
+    if cfg.SOLVER.OPTIMIZER == "SGD":
+        kind = maybe_add_gradient_clipping(cfg, torch.optim.SGD)
+        return kind(groups, momentum=cfg.SOLVER.MOMENTUM, nesterov=cfg.SOLVER.NESTEROV, **plain)
+    return maybe_add_gradient_clipping(cfg, torch.optim.AdamW)(groups, **plain)
+
+
+CLIPPING = [
+    ["SOLVER.CLIP_GRADIENTS.ENABLED", False],
+    ["SOLVER.CLIP_GRADIENTS.ENABLED", True, "SOLVER.CLIP_GRADIENTS.CLIP_TYPE", "value"],
+    ["SOLVER.CLIP_GRADIENTS.ENABLED", True, "SOLVER.CLIP_GRADIENTS.CLIP_TYPE", "norm"],
+    [
+        *("SOLVER.CLIP_GRADIENTS.ENABLED", True, "SOLVER.CLIP_GRADIENTS.CLIP_TYPE", "norm"),
+        *("SOLVER.CLIP_GRADIENTS.NORM_TYPE", float("inf"), "SOLVER.CLIP_GRADIENTS.CLIP_VALUE", 0.1),
+    ],
+]
+
+
+@pytest.mark.parametrize("kind", [["SGD"], ["SGD", "SOLVER.NESTEROV", True, "SOLVER.BIAS_LR_FACTOR", 2.0], ["AdamW"]])
+@pytest.mark.parametrize("clipping", CLIPPING)
+def test_steps_are_those_of_detectron2(kind: list[Any], clipping: list[Any]) -> None:
+    cfg = config("SOLVER.OPTIMIZER", *kind, *clipping)
+    model = network()
+    plain = copy.deepcopy(model)
+    ours, theirs = make_optimizer(cfg, model), reference(cfg, plain)
+    for step in range(4):
+        for net, optimizer in ((model, ours), (plain, theirs)):
+            optimizer.zero_grad()
+            loss_of(net, step).backward()
+            optimizer.step()
+    for mine, other in zip(model.parameters(), plain.parameters(), strict=True):
+        torch.testing.assert_close(mine, other)
+
+
+@pytest.mark.parametrize("kind", ["SGD", "AdamW"])
+@pytest.mark.parametrize("clipping", CLIPPING)
+def test_a_loss_scaler_changes_nothing(kind: str, clipping: list[Any]) -> None:
+    """Fused optimisers get scaled gradients, so the limit has to be scaled as well."""
+    cfg = config("SOLVER.OPTIMIZER", kind, *clipping)
+    model = network()
+    plain = copy.deepcopy(model)
+    scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
+    ours, theirs = make_optimizer(cfg, model), make_optimizer(cfg, plain)
+    for step in range(3):
+        ours.zero_grad()
+        scaler.scale(loss_of(model, step)).backward()
+        scaler.step(ours)
+        scaler.update()
+        theirs.zero_grad()
+        loss_of(plain, step).backward()
+        theirs.step()
+    for mine, other in zip(model.parameters(), plain.parameters(), strict=True):
+        torch.testing.assert_close(mine, other, rtol=1e-4, atol=1e-6)
+
+
+def test_a_scaler_skips_a_step_with_infinite_gradients() -> None:
+    cfg = config("SOLVER.OPTIMIZER", "AdamW", *CLIPPING[2])
+    model = network()
+    before = copy.deepcopy(model.state_dict())
+    scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
+    optimizer = make_optimizer(cfg, model)
+    scaler.scale(loss_of(model, 0) * float("inf")).backward()
+    scaler.step(optimizer)
+    scaler.update()
+    for name, parameter in model.named_parameters():
+        assert torch.equal(parameter, before[name]), name
+    assert scaler.get_scale() == 512.0
+
+
+def test_clipping_limits_each_gradient_by_itself() -> None:
+    generator = torch.Generator().manual_seed(0)
+    gradients = [factor * torch.randn(50, generator=generator) for factor in (0.01, 1.0, 100.0)]
+    before = [gradient.clone() for gradient in gradients]
+    clip_each_norm(gradients, 2.0)
+    assert torch.equal(gradients[0], before[0])
+    for gradient, old in zip(gradients[1:], before[1:], strict=True):
+        assert gradient.norm().item() == pytest.approx(2.0, rel=1e-5)
+        torch.testing.assert_close(gradient / gradient.norm(), old / old.norm())
+    clip_each_value(gradients, 0.1)
+    assert max(gradient.abs().max().item() for gradient in gradients) == pytest.approx(0.1)
+
+
+def test_frozen_parameters_and_parameters_without_gradient_stay() -> None:
+    model = network()
+    model[0].requires_grad_(False)
+    before = copy.deepcopy(model.state_dict())
+    optimizer = make_optimizer(config("SOLVER.OPTIMIZER", "AdamW", *CLIPPING[2]), model)
+    optimizer.step()  # before any backward pass
+    model[3](torch.randn(2, 4 * 36)).sum().backward()
+    optimizer.step()
+    moved = {name for name, value in model.state_dict().items() if not torch.equal(value, before[name])}
+    assert moved == {"3.weight", "3.bias"}
