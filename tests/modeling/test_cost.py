@@ -161,9 +161,7 @@ def test_a_squeeze_keeps_what_the_student_keeps(make_model: MakeModel, make_batc
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU, which alone can be waited for")
 @pytest.mark.parametrize("sharing", ["detached", "shared"])
-def test_the_processor_does_not_wait_for_a_gpu(
-    make_model: MakeModel, make_batches: MakeBatches, sharing: str
-) -> None:
+def test_the_processor_does_not_wait_for_a_gpu(make_model: MakeModel, make_batches: MakeBatches, sharing: str) -> None:
     """Classification and segmentation heads never wait, so nothing of the project's own may."""
     model = make_model("XLEARNER.SHARING", sharing, "MODEL.DEVICE", "cuda", without=("boxes",))
     batches = make_batches("pics", "areas")

@@ -1,4 +1,4 @@
-"""The optimiser of either stage: SGD or AdamW with Detectron2's parameter groups and gradient clipping, in few passes."""
+"""The optimiser of either stage: SGD or AdamW with Detectron2's parameter groups and clipping, in few passes."""
 
 from collections.abc import Callable
 from typing import Any
