@@ -21,6 +21,9 @@ def add_xlearner_config(cfg: CfgNode) -> None:
     cfg.XLEARNER = x = CfgNode()
     # What train_net.py runs: expand, squeeze, or all (expand, then squeeze).
     x.STAGE = "all"
+    # Modules of other projects, such as detectron2.projects.point_rend, that are imported before anything else: they
+    # register what heads and data sets name, and their functions add_…_config add the keys of head configs.
+    x.IMPORTS = []
     # Data sets to register, by name; see specs.DatasetSpec. Those of Detectron2 need no entry.
     x.DATASETS = CfgNode(new_allowed=True)
     # The sources, by name; see specs.SourceSpec.
@@ -92,7 +95,7 @@ def add_xlearner_config(cfg: CfgNode) -> None:
     # The task whose branch becomes the backbone.
     p.TASK = ""
 
-    add_classifier_config(cfg)
+    add_head_config(cfg)
     add_transfer_config(cfg)
 
 
@@ -112,13 +115,19 @@ def usable_device(cfg: CfgNode) -> str:
     return "cpu" if cfg.MODEL.DEVICE == "cuda" and not torch.cuda.is_available() else cfg.MODEL.DEVICE
 
 
-def add_classifier_config(cfg: CfgNode) -> None:
-    """Add what ``ImageClassifier`` and its mapper need to a Detectron2 config."""
+def add_head_config(cfg: CfgNode) -> None:
+    """Add what this project's heads and mappers need to a Detectron2 config."""
+    # A third party's training mapper, as module.Class, called with the head's config; "" for the one that suits the
+    # head. Test images are mapped as Detectron2 maps them.
+    cfg.INPUT.MAPPER = ""
+
     cfg.MODEL.CLASSIFIER = c = CfgNode()
     # The stage that ImageClassifier pools.
     c.IN_FEATURE = "res5"
     # Read from the data set's metadata when the config is a source's head.
     c.NUM_CLASSES = 1000
+    # An image has any number of classes: each is a yes or no of its own. Of a detection set, those of its objects.
+    c.MULTI_LABEL = False
     # Share of the target that is spread over all classes.
     c.LABEL_SMOOTHING = 0.1
     # Strength of timm's mixup; 0 turns it off.
@@ -139,6 +148,18 @@ def add_classifier_config(cfg: CfgNode) -> None:
     a.AUTO_AUGMENT = ""
     # Test images are resized to SIZE / CROP_PCT, then cropped at the centre.
     a.CROP_PCT = 0.875
+
+    cfg.MODEL.DEPTH_HEAD = d = CfgNode()
+    # Features that DepthEstimator reads, of an FPN.
+    d.IN_FEATURES = ["p2", "p3", "p4", "p5"]
+    # Channels of its convolutions.
+    d.CONVS_DIM = 128
+    # Norm of its convolutions.
+    d.NORM = "GN"
+    # Stride of its prediction, before it is upsampled to the image.
+    d.COMMON_STRIDE = 4
+    # Nearest and farthest distance that is learned from and predicted, in metres.
+    d.RANGE = [0.1, 100.0]
 
 
 def _node_problems(node: yaml.Node, *, trusted: bool, path: str = "", above: tuple[yaml.Node, ...] = ()) -> list[str]:

@@ -27,6 +27,7 @@ DATASET_KEYS: dict[str, tuple[frozenset[str], frozenset[str]]] = {
     "image_folder": (frozenset({"IMAGES"}), frozenset({"CLASSES"})),
     "image_list": (frozenset({"LIST"}), frozenset({"IMAGES", "CLASSES", "COLUMNS", "MULTI_LABEL"})),
     "webdataset": (frozenset({"SHARDS"}), frozenset({"CLASSES"})),
+    "depth": (frozenset({"IMAGES", "LABELS"}), frozenset({"SCALE"})),
     "torchvision": (frozenset({"DATASET", "SPLIT"}), frozenset({"ROOT"})),
 }
 
@@ -51,11 +52,12 @@ class DatasetSpec:
     Attributes:
         name: the name that ``TRAIN`` and ``TEST`` of a source refer to.
         format: one of ``DATASET_KEYS``.
-        images: folder of images (coco, coco_panoptic, lvis, sem_seg), of one folder per class (image_folder), or where
-            the paths of a list start; that is the list's own folder unless given (image_list).
+        images: folder of images (coco, coco_panoptic, lvis, sem_seg, depth), of one folder per class (image_folder), or
+            where the paths of a list start; that is the list's own folder unless given (image_list).
         annotations: json file (coco, coco_panoptic, lvis).
         labels: folder of label PNGs named like the images (sem_seg), or of the PNGs that the json names
-            (coco_panoptic).
+            (coco_panoptic), or of depth PNGs or .npy files named like the images (depth).
+        scale: what a metre is in the files: 1000 for millimetres (depth).
         list: file with one image a line: those to read (sem_seg), or each with its label (image_list).
         image_suffix, label_suffix: end of a file's name that images and labels do not share, such as _leftImg8bit and
             _gtFine_labelTrainIds; files without it are not read (sem_seg).
@@ -93,6 +95,7 @@ class DatasetSpec:
     ignore_value: int = 255
     year: int = 2012
     evaluation: str = "voc"
+    scale: float = 1000.0
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -24,7 +24,7 @@ from xlearner_d2.data.builtin import register_datasets
 from xlearner_d2.data.builtin.class_splits import split_by_class
 from xlearner_d2.data.builtin.torchvision_files import make_once
 from xlearner_d2.data.check import check_records, check_same_classes
-from xlearner_d2.data.mappers import ClassificationMapper
+from xlearner_d2.data.classification import ClassificationMapper
 from xlearner_d2.evaluation.probe import _CentreCrops
 from xlearner_d2.specs import ConfigError, DatasetSpec
 

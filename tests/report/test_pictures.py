@@ -169,7 +169,7 @@ def test_unequal_numbers(record, tmp_path):
 
 
 def test_nothing_that_can_be_drawn(record, tmp_path):
-    with pytest.raises(ValueError, match="only proposals, but one of instances, sem_seg, scores"):
+    with pytest.raises(ValueError, match="only proposals, but one of instances, sem_seg, panoptic_seg, depth"):
         draw_predictions([record], [{"proposals": 0}], Metadata(**METADATA), output_file=tmp_path / "grid.png")
     assert not (tmp_path / "grid.png").exists()
 

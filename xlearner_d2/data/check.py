@@ -16,6 +16,7 @@ from detectron2.utils.file_io import PathManager
 from PIL import Image, UnidentifiedImageError
 from tqdm import tqdm  # type: ignore[import-untyped]
 
+from .check_pixels import check_depth, check_segments
 from .problems import Problems
 
 logger = logging.getLogger(__name__)
@@ -33,7 +34,7 @@ TOLERATED_BOXES = 1e-4
 BOX_MARGIN = 1.0
 
 _BOX_KIND = "boxes that are empty or outside their image"
-_FILE_KEYS = ("file_name", "sem_seg_file_name", "pan_seg_file_name")
+_FILE_KEYS = ("file_name", "sem_seg_file_name", "pan_seg_file_name", "depth_file_name")
 # What Pillow's decoders raise for damaged files, depending on the format.
 _DECODE_ERRORS = (
     OSError,
@@ -127,10 +128,12 @@ def _check_image_ids(records: Sequence[Record], problems: Problems) -> None:
 
 
 def _check_categories(records: Sequence[Record], metadata: Metadata, problems: Problems) -> None:
-    """Class indices of images (``classes``) and of objects (``thing_classes``)."""
+    """Class indices of images (``classes``), of objects (``thing_classes``) and of panoptic segments."""
     things, classes = metadata.get("thing_classes", None), metadata.get("classes", None)
     for record in records:
         found = [(item.get("category_id"), things) for item in record.get("annotations", ())]
+        found += [(item.get("category_id"), _segment_names(item, metadata)) for item in record.get("segments_info", ())]
+        found += [(category, classes) for category in record.get("category_ids", ())]
         if "category_id" in record:
             found.append((record["category_id"], classes))
         for category, names in found:
@@ -138,6 +141,10 @@ def _check_categories(records: Sequence[Record], metadata: Metadata, problems: P
                 expected = f"0 to {len(names) - 1} is expected" if names else "the metadata has no class names"
                 text = f"{record['file_name']} has the class index {category!r}, but {expected}."
                 problems.add("wrong class indices", text)
+
+
+def _segment_names(segment: Record, metadata: Metadata) -> Sequence[str] | None:
+    return metadata.get("thing_classes" if segment.get("isthing") else "stuff_classes", None)
 
 
 def _check_boxes(records: Sequence[Record], problems: Problems) -> None:
@@ -222,6 +229,10 @@ def _decode(record: Record, metadata: Metadata) -> list[Finding]:
         findings.append(("wrong image sizes", text))
     if "sem_seg_file_name" in record:
         findings += _check_label(str(record["sem_seg_file_name"]), (width, height), metadata)
+    if "pan_seg_file_name" in record:
+        findings += check_segments(record, (width, height))
+    if "depth_file_name" in record:
+        findings += check_depth(record, (width, height))
     return findings
 
 

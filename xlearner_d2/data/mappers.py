@@ -1,92 +1,72 @@
 """From a data set record to what a head takes: one mapper per kind of supervision, each stamping its source.
 
-Boxes, masks, keypoints, semantic and panoptic labels are mapped by Detectron2's own ``DatasetMapper``; images with a
-label by timm's transforms.
+Boxes, masks, keypoints and semantic labels are mapped by Detectron2's own ``DatasetMapper``; the other kinds are in
+``MAPPERS``, by the meta-architecture that learns from them.
 """
 
+import inspect
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
 from detectron2.config import CfgNode
 from detectron2.data import DatasetMapper
-from detectron2.utils.file_io import PathManager
-from PIL import Image, ImageOps
-from timm.data import create_transform
+from detectron2.utils.registry import locate
 
+from ..specs import ConfigError
 from . import files as files  # images in tar files and labels with a palette are then paths that can be opened
+from .classification import build_classification_mapper
+from .depth import build_depth_mapper
+from .panoptic import build_panoptic_deeplab_mapper, build_panoptic_mapper
 
 Record = dict[str, Any]
+Mapper = Callable[[Record], Record]
 
 
-class ClassificationMapper:
-    """Read, augment and crop one labelled image.
+class MapperBuilder(Protocol):
+    """Makes a mapper from a head's config."""
 
-    Args:
-        image_format: "RGB" or "BGR", the channel order of the result.
-        is_train: random resized crop, flip and colour jitter; else resize and centre crop.
-        size: side of the square result in pixels.
-        scale: share of the image's area that a training crop takes, at least and at most.
-        hflip: probability of a horizontal flip in training.
-        color_jitter: strength of brightness, contrast and saturation changes in training.
-        auto_augment: a timm policy instead of colour jitter; "" for none.
-        crop_pct: ``size`` divided by the length that a test image's shorter side is resized to.
+    def __call__(self, head: CfgNode, *, is_train: bool) -> Mapper: ...
+
+
+#: Meta-architecture -> what maps its records; Detectron2's DatasetMapper maps those of all others.
+MAPPERS: Mapping[str, MapperBuilder] = {
+    "ImageClassifier": build_classification_mapper,
+    "PanopticFPN": build_panoptic_mapper,
+    "PanopticDeepLab": build_panoptic_deeplab_mapper,
+    "DepthEstimator": build_depth_mapper,
+}
+
+
+def build_mapper(head: CfgNode, *, is_train: bool) -> Mapper:
+    """The mapper that the model of a head's config needs, with the augmentation that the config asks for.
+
+    Raises:
+        ConfigError: when ``INPUT.MAPPER`` names nothing that can be called with the config.
     """
-
-    def __init__(
-        self,
-        *,
-        image_format: str,
-        is_train: bool,
-        size: int = 224,
-        scale: tuple[float, float] = (0.25, 1.0),
-        hflip: float = 0.5,
-        color_jitter: float = 0.4,
-        auto_augment: str = "",
-        crop_pct: float = 0.875,
-    ):
-        self.image_format = image_format
-        self.transform = create_transform(
-            size,
-            is_training=is_train,
-            scale=scale,
-            hflip=hflip,
-            color_jitter=color_jitter,
-            auto_augment=auto_augment or None,
-            crop_pct=crop_pct,
-            interpolation="bilinear",
-            normalize=False,
-        )
-
-    def __call__(self, record: Record) -> Record:
-        """Add ``image``: uint8 tensor (3, size, size)."""
-        with PathManager.open(record["file_name"], "rb") as stream, Image.open(stream) as file:
-            upright = ImageOps.exif_transpose(file).convert("RGB")  # as Detectron2's reader turns it
-        width, height = upright.size
-        image = self.transform(upright)
-        if self.image_format == "BGR":
-            image = image.flip(0)
-        return {**record, "image": image.contiguous(), "height": height, "width": width}
+    if is_train and head.INPUT.MAPPER:
+        return _third_party_mapper(head)
+    build = MAPPERS.get(head.MODEL.META_ARCHITECTURE, _detectron2_mapper)
+    return build(head, is_train=is_train)
 
 
-def build_mapper(head: CfgNode, *, is_train: bool) -> Callable[[Record], Record]:
-    """The mapper that the model of a head's config needs, with the augmentation that the config asks for."""
-    if head.MODEL.META_ARCHITECTURE != "ImageClassifier":
-        return DatasetMapper(head, is_train=is_train)
-    options = head.INPUT.CLASSIFICATION
-    return ClassificationMapper(
-        image_format=head.INPUT.FORMAT,
-        is_train=is_train,
-        size=options.SIZE,
-        scale=tuple(options.SCALE),
-        hflip=0.5 if head.INPUT.RANDOM_FLIP == "horizontal" else 0.0,
-        color_jitter=options.COLOR_JITTER,
-        auto_augment=options.AUTO_AUGMENT,
-        crop_pct=options.CROP_PCT,
-    )
+def _detectron2_mapper(head: CfgNode, *, is_train: bool) -> Mapper:
+    return DatasetMapper(head, is_train=is_train)
+
+
+def _third_party_mapper(head: CfgNode) -> Mapper:
+    """``INPUT.MAPPER``, called as the training scripts of Detectron2's projects call theirs."""
+    name = head.INPUT.MAPPER
+    try:
+        mapper = locate(name)
+        parameters = inspect.signature(getattr(mapper, "from_config", mapper)).parameters
+        return mapper(head, is_train=True) if "is_train" in parameters else mapper(head)
+    except Exception as error:  # whatever a third party's mapper raises
+        wish = "a mapper such as my_project.MyDatasetMapper, called with the head's config, is expected"
+        raise ConfigError([f"INPUT.MAPPER is {name!r}, but {wish}: {error!r}"]) from error
 
 
 class SourceMapper:

@@ -6,11 +6,12 @@ from typing import Any
 
 from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog, MetadataCatalog
-from detectron2.data.build import filter_images_with_only_crowd_annotations
+from detectron2.data.build import filter_images_with_few_keypoints, filter_images_with_only_crowd_annotations
 
 from ..specs import ConfigError, ProbeSpec, SourceSpec, nearest, parse_datasets
 from .builtin import dataset_root, register_datasets
 from .check import check_records, check_same_classes
+from .proposals import proposal_files, with_proposals
 
 Records = list[dict[str, Any]]
 
@@ -20,7 +21,7 @@ class SourceData:
     """What one source learns from and is tested on.
 
     Attributes:
-        train: training records; images without any annotation are left out, as Detectron2 does.
+        train: training records; images without what the head learns from are left out, as Detectron2 does.
         test: records of each test data set, by its name.
     """
 
@@ -53,13 +54,16 @@ def register_sources(cfg: CfgNode, sources: Sequence[SourceSpec], probes: Sequen
         raise ConfigError(problems)
 
 
-def load_sources(
+def load_records(
     sources: Sequence[SourceSpec], probes: Sequence[ProbeSpec], *, check_images: int
-) -> dict[str, SourceData]:
-    """Read and check the records of all sources; those of the probes are checked alone.
+) -> dict[str, Records]:
+    """Read and check the records of every data set of the sources and probes.
 
     Args:
         check_images: images per data set that are decoded; -1 for all.
+
+    Returns:
+        records by data set.
 
     Raises:
         ConfigError: with every problem found in any data set.
@@ -83,13 +87,7 @@ def load_sources(
         problems += [f"{user}: {problem}" for user, names in users.items() for problem in check_same_classes(names)]
     if problems:
         raise ConfigError(problems, what="The data")
-    return {
-        source.name: SourceData(
-            train=_usable([record for name in source.train for record in records[name]], source),
-            test={name: records[name] for name in source.test},
-        )
-        for source in sources
-    }
+    return records
 
 
 def _advice(error: Exception) -> str:
@@ -98,11 +96,40 @@ def _advice(error: Exception) -> str:
     return ""
 
 
-def _usable(records: Records, source: SourceSpec) -> Records:
-    if not records or "annotations" not in records[0]:
+def source_data(source: SourceSpec, head: CfgNode, records: Mapping[str, Records]) -> SourceData:
+    """What a source's head learns from and is tested on.
+
+    Args:
+        head: the config of the source's head.
+        records: by data set.
+
+    Raises:
+        ConfigError: when proposals are missing, or no image has what the head learns from.
+    """
+    files = proposal_files(source, head)
+    own = {name: records[name] for name in (*source.train, *source.test)}
+    own |= {name: with_proposals(name, own[name], file) for name, file in files.items()}
+    return SourceData(
+        train=_usable([record for name in source.train for record in own[name]], source, head),
+        test={name: own[name] for name in source.test},
+    )
+
+
+def _usable(records: Records, source: SourceSpec, head: CfgNode) -> Records:
+    """The images that Detectron2 would train on."""
+    where = f"XLEARNER.SOURCES.{source.name}.TRAIN {list(source.train)}"
+    if not records or "annotations" not in records[0] or not head.DATALOADER.FILTER_EMPTY_ANNOTATIONS:
+        return records
+    if head.MODEL.META_ARCHITECTURE == "ImageClassifier":  # of which an image may have no class
         return records
     kept = filter_images_with_only_crowd_annotations(records)
     if not kept:
-        message = f"XLEARNER.SOURCES.{source.name}.TRAIN {list(source.train)}: no image has an annotation."
+        raise ConfigError([f"{where}: no image has an annotation."], what="The data")
+    fewest = head.MODEL.ROI_KEYPOINT_HEAD.MIN_KEYPOINTS_PER_IMAGE if head.MODEL.KEYPOINT_ON else 0
+    kept = filter_images_with_few_keypoints(kept, fewest) if fewest else kept
+    if not kept:
+        message = (
+            f"{where}: no image has {fewest} visible keypoint(s) (MODEL.ROI_KEYPOINT_HEAD.MIN_KEYPOINTS_PER_IMAGE)."
+        )
         raise ConfigError([message], what="The data")
     return kept

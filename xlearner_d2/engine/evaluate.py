@@ -37,7 +37,7 @@ def evaluate_sources(model: XLearner, plan: Plan) -> SourceResults:
                     num_workers=plan.cfg.DATALOADER.NUM_WORKERS,
                 )
                 folder = plan.stage_dir("expand") / "inference" / source.name / name
-                evaluator = build_evaluator(name, output_dir=str(folder))
+                evaluator = build_evaluator(name, output_dir=str(folder), head=plan.heads[source.name])
                 found: Any = inference_on_dataset(model.heads[source.name], loader, evaluator)
                 if comm.is_main_process():
                     results.setdefault(source.name, {})[name] = main_metric(found)

@@ -70,9 +70,13 @@ def _sources_table(plan: Plan, model: XLearner) -> str:
 def _num_classes(head: CfgNode) -> str:
     kind = head.MODEL.META_ARCHITECTURE
     things, stuff = head.MODEL.ROI_HEADS.NUM_CLASSES, head.MODEL.SEM_SEG_HEAD.NUM_CLASSES
-    if kind == "PanopticFPN":
-        return f"{things} + {stuff}"
-    counts = {"ImageClassifier": head.MODEL.CLASSIFIER.NUM_CLASSES, "SemanticSegmentor": stuff}
+    counts = {
+        "ImageClassifier": head.MODEL.CLASSIFIER.NUM_CLASSES,
+        "SemanticSegmentor": stuff,
+        "PanopticFPN": f"{things} + {stuff}",
+        "PanopticDeepLab": stuff,
+        "DepthEstimator": "-",
+    }
     return str(counts.get(kind, things))
 
 

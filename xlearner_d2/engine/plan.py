@@ -11,10 +11,11 @@ from detectron2.config import CfgNode
 
 from ..config import SHARING, STAGES, STEPS, usable_device
 from ..data.balance import build_stream, share_images
-from ..data.sources import SourceData, load_sources, register_sources
+from ..data.sources import SourceData, load_records, register_sources, source_data
+from ..extensions import import_modules
 from ..modeling.distill import DISTANCES, NORMALISERS
 from ..modeling.expanded import STAGES as RESNET_STAGES
-from ..modeling.heads import derive_tasks, head_config
+from ..modeling.heads import COMPILED_HINT, derive_tasks, has_compiled_operators, head_config
 from ..specs import ConfigError, ProbeSpec, SourceSpec, TaskSpec, nearest, parse_probes, parse_sources
 from .optimizer import OPTIMIZERS
 
@@ -128,6 +129,8 @@ def _check_settings(cfg: CfgNode, world_size: int) -> list[str]:
     if cfg.SOLVER.OPTIMIZER not in OPTIMIZERS:
         known = ", ".join(OPTIMIZERS)
         problems.append(f"SOLVER.OPTIMIZER is {cfg.SOLVER.OPTIMIZER!r}, but one of {known} is expected.")
+    if any(cfg.MODEL.RESNETS.DEFORM_ON_PER_STAGE) and not has_compiled_operators():
+        problems.append(f"MODEL.RESNETS.DEFORM_ON_PER_STAGE needs {COMPILED_HINT}")
     return problems + _check_squeeze(cfg)
 
 
@@ -214,12 +217,26 @@ def _check_start(cfg: CfgNode, tasks: Sequence[TaskSpec]) -> list[str]:
     return [f"XLEARNER.SQUEEZE.INIT is {start!r}, no task and no file.{nearest(start, [*names, 'random'])}"]
 
 
-def _check_batch(source: SourceSpec, head: CfgNode, world_size: int) -> list[str]:
+def _check_head(source: SourceSpec, head: CfgNode, world_size: int) -> list[str]:
+    """Problems of a head's settings with the way the source is trained and tested."""
+    where, problems = f"XLEARNER.SOURCES.{source.name}", []
     options, share = head.MODEL.CLASSIFIER, source.ims_per_batch // world_size
-    if (options.MIXUP or options.CUTMIX) and share % 2:
-        where = f"XLEARNER.SOURCES.{source.name}.IMS_PER_BATCH"
-        return [f"{where} gives each worker {share} images, but mixup and cutmix need an even number."]
-    return []
+    mixes = options.MIXUP or options.CUTMIX
+    if mixes and share % 2:
+        problems.append(
+            f"{where}.IMS_PER_BATCH gives each worker {share} images, but mixup and cutmix need an even number."
+        )
+    if mixes and options.MULTI_LABEL:
+        problems.append(f"{where}: MODEL.CLASSIFIER.MULTI_LABEL cannot be combined with MIXUP or CUTMIX.")
+    sigmas, keypoints = head.TEST.KEYPOINT_OKS_SIGMAS, head.MODEL.ROI_KEYPOINT_HEAD.NUM_KEYPOINTS
+    if head.MODEL.KEYPOINT_ON and sigmas and len(sigmas) != keypoints:
+        wish = f"one for each of the {keypoints} keypoints is expected"
+        problems.append(f"{where}: TEST.KEYPOINT_OKS_SIGMAS has {len(sigmas)} entries, but {wish}.")
+    low, high = (*head.MODEL.DEPTH_HEAD.RANGE, 0.0, 0.0)[:2]
+    if not 0 < low < high:
+        got = head.MODEL.DEPTH_HEAD.RANGE
+        problems.append(f"{where}: MODEL.DEPTH_HEAD.RANGE is {got}, but a nearest and a farther distance are expected.")
+    return problems
 
 
 def _balance(
@@ -254,6 +271,7 @@ def make_plan(cfg: CfgNode, *, world_size: int) -> Plan:
         ConfigError: with all problems of the config; when it has none, with all problems of the data.
     """
     cfg = scale_to_workers(cfg, world_size)
+    import_modules(cfg.XLEARNER.IMPORTS)
     problems = _check_settings(cfg, world_size)
     sharing = cfg.XLEARNER.SAMPLING.IMS_PER_BATCH != 0  # instead of what each source says
     sources = parse_sources(cfg.XLEARNER.SOURCES, problems, world_size=1 if sharing else world_size)
@@ -262,13 +280,18 @@ def make_plan(cfg: CfgNode, *, world_size: int) -> Plan:
         register_sources(cfg, sources, probes)
     if problems:
         raise ConfigError(problems)
-    data = load_sources(sources, probes, check_images=cfg.XLEARNER.CHECK_IMAGES)
-    sources, turns = _balance(cfg, sources, data, world_size)
-    heads = {}
+    records = load_records(sources, probes, check_images=cfg.XLEARNER.CHECK_IMAGES)
+    heads, data = {}, {}
     for source in sources:
         with _collect(problems):
             heads[source.name] = head_config(source, cfg)
-            problems += _check_batch(source, heads[source.name], world_size)
+            data[source.name] = source_data(source, heads[source.name], records)
+    if problems:
+        raise ConfigError(problems)
+    sources, turns = _balance(cfg, sources, data, world_size)
+    for source in sources:
+        with _collect(problems):
+            problems += _check_head(source, heads[source.name], world_size)
             build_stream(source, heads[source.name], data[source.name].train, seed=0)
     if problems:
         raise ConfigError(problems)

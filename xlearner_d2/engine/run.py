@@ -104,7 +104,9 @@ def _report_expanded(plan: Plan, model: XLearner, results: SourceResults) -> dic
     if not comm.is_main_process():
         return {}
     trivial = {
-        source.name: {name: trivial_metrics(name, train_names=source.train) for name in source.test}
+        source.name: {
+            name: trivial_metrics(name, train_names=source.train, head=plan.heads[source.name]) for name in source.test
+        }
         for source in plan.sources
     }
     folder = Path(plan.cfg.OUTPUT_DIR) / "pictures"
@@ -139,7 +141,7 @@ def _draw(plan: Plan, model: XLearner, folder: Path) -> None:
     model.eval()  # the heads' branches are not theirs to switch
     for source in plan.sources:
         mapper = build_mapper(plan.heads[source.name], is_train=False)
-        for name in source.test:
+        for name, records in plan.data[source.name].test.items():
             with model.autocast():
                 output = folder / f"{source.name}_{name}.png"
-                draw_dataset_predictions(model.heads[source.name], name, mapper, output_file=output)
+                draw_dataset_predictions(model.heads[source.name], name, mapper, output_file=output, records=records)

@@ -7,12 +7,13 @@ import io
 import logging
 import os
 import tempfile
-from collections import OrderedDict, defaultdict
-from collections.abc import Callable, Iterator, Mapping
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog, Metadata, MetadataCatalog
 from detectron2.data.datasets.coco import convert_to_coco_json
 from detectron2.evaluation import DatasetEvaluator, PascalVOCDetectionEvaluator, SemSegEvaluator
@@ -21,10 +22,14 @@ from detectron2.evaluation.pascal_voc_evaluation import parse_rec
 from detectron2.utils.file_io import PathManager
 from PIL import Image
 from pycocotools.coco import COCO
+from pycocotools.cocoeval import Params
 
 from .classification import ClassificationEvaluator
+from .depth import DepthEvaluator
 from .fast_coco import FastCOCOEvaluator
 from .lvis import QuietLVISEvaluator
+from .multi_label import MultiLabelEvaluator
+from .panoptic import PanopticEvaluator
 
 logger = logging.getLogger(__name__)
 
@@ -35,7 +40,10 @@ HEADLINES: dict[str, str] = {
     "keypoints": "AP",
     "sem_seg": "mIoU",
     "panoptic_seg": "PQ",
+    "box_proposals": "AR@1000",
     "classification": "top1",
+    "multi_label": "mAP",
+    "depth": "delta1",
 }
 
 
@@ -71,15 +79,20 @@ class QuietCOCOEvaluator(FastCOCOEvaluator):
     """Detectron2's COCO evaluator, except that it is faster, and in four points.
 
     Nothing is printed; a model that finds no object gets AP 0 instead of NaN (NaN stays where there is no object to be
-    found); masks are scored whenever the model predicts them, even if it found nothing, but not when objects of the
-    data set lack masks; annotations may lack ``iscrowd`` and ``area``.
+    found); masks and keypoints are scored whenever the model predicts them, even if it found nothing, but masks not
+    when objects of the data set lack them; annotations may lack ``iscrowd``, ``area`` and ``num_keypoints``.
     """
 
-    def __init__(self, dataset_name: str, *, output_dir: str | None):
-        """See :func:`build_evaluator`."""
+    def __init__(self, dataset_name: str, *, output_dir: str | None, keypoint_sigmas: Sequence[float] = ()):
+        """See :func:`build_evaluator`.
+
+        Args:
+            keypoint_sigmas: of each keypoint, see COCO's object keypoint similarity; needed unless they are COCO's 17.
+        """
         super().__init__(
             dataset_name,
             output_dir=output_dir,
+            kpt_oks_sigmas=keypoint_sigmas,
             use_fast_impl=COCOeval_opt is not COCOeval,
             # A file of an earlier run may describe other data.
             allow_cached_coco=False,
@@ -88,17 +101,21 @@ class QuietCOCOEvaluator(FastCOCOEvaluator):
         for annotation in annotations:
             annotation.setdefault("iscrowd", 0)
             annotation.setdefault("area", annotation["bbox"][2] * annotation["bbox"][3])
+            if "keypoints" in annotation:
+                annotation.setdefault("num_keypoints", sum(visible > 0 for visible in annotation["keypoints"][2::3]))
         self._num_without_mask = sum(not annotation.get("segmentation") for annotation in annotations)
 
     def reset(self) -> None:
         """Forget all images."""
         super().reset()
-        self._predicts_masks = False
+        self._predicts_masks = self._predicts_keypoints = False
 
     def process(self, inputs: list[dict[str, Any]], outputs: list[dict[str, Any]]) -> None:
         """See :meth:`detectron2.evaluation.COCOEvaluator.process`."""
         super().process(inputs, outputs)
-        self._predicts_masks |= any("instances" in out and out["instances"].has("pred_masks") for out in outputs)
+        found = [out["instances"] for out in outputs if "instances" in out]
+        self._predicts_masks |= any(instances.has("pred_masks") for instances in found)
+        self._predicts_keypoints |= any(instances.has("pred_keypoints") for instances in found)
 
     def evaluate(self, img_ids: list[int] | None = None) -> dict[str, dict[str, float]]:
         """See :meth:`detectron2.evaluation.COCOEvaluator.evaluate`."""
@@ -109,6 +126,8 @@ class QuietCOCOEvaluator(FastCOCOEvaluator):
         tasks = set(super()._tasks_from_predictions(predictions))
         if self._predicts_masks:
             tasks.add("segm")
+        if self._predicts_keypoints:
+            tasks.add("keypoints")
         if "segm" in tasks and self._num_without_mask:
             logger.warning("Masks are not scored: %d annotations have none.", self._num_without_mask)
             tasks.remove("segm")
@@ -125,6 +144,8 @@ class QuietCOCOEvaluator(FastCOCOEvaluator):
         empty.dataset = {**self._coco_api.dataset, "annotations": []}
         empty.createIndex()
         coco_eval = COCOeval(self._coco_api, empty, iou_type)
+        if iou_type == "keypoints" and self._kpt_oks_sigmas:
+            coco_eval.params.kpt_oks_sigmas = np.array(self._kpt_oks_sigmas)
         coco_eval.evaluate()
         coco_eval.accumulate()
         coco_eval.summarize()
@@ -249,51 +270,84 @@ def read_labels(file_name: str, dtype: Any = int, *, num_classes: int, ignore_la
     return labels
 
 
-def _build_coco(name: str, meta: Metadata, output_dir: str | None) -> DatasetEvaluator:
+def _build_coco(name: str, meta: Metadata, output_dir: str | None, head: CfgNode | None) -> DatasetEvaluator:
     if "json_file" not in meta.as_dict():
         meta.json_file = _write_coco_json(name)
-    return QuietCOCOEvaluator(name, output_dir=output_dir)
+    return QuietCOCOEvaluator(name, output_dir=output_dir, keypoint_sigmas=_keypoint_sigmas(meta, head))
 
 
-def _build_lvis(name: str, meta: Metadata, output_dir: str | None) -> DatasetEvaluator:
+def _keypoint_sigmas(meta: Metadata, head: CfgNode | None) -> list[float]:
+    """``TEST.KEYPOINT_OKS_SIGMAS``, or for other keypoints than COCO's 17 the mean of COCO's; empty for COCO's."""
+    given = list(head.TEST.KEYPOINT_OKS_SIGMAS) if head is not None else []
+    names = meta.get("keypoint_names", ())
+    coco = Params(iouType="keypoints").kpt_oks_sigmas
+    return given or ([] if len(names) in (0, len(coco)) else [float(coco.mean())] * len(names))
+
+
+def _build_lvis(name: str, meta: Metadata, output_dir: str | None, head: CfgNode | None) -> DatasetEvaluator:
     return QuietLVISEvaluator(name, output_dir=output_dir)
 
 
-def _build_voc(name: str, meta: Metadata, output_dir: str | None) -> DatasetEvaluator:
+def _build_voc(name: str, meta: Metadata, output_dir: str | None, head: CfgNode | None) -> DatasetEvaluator:
     return PresentClassesVOCEvaluator(name)
 
 
-def _build_sem_seg(name: str, meta: Metadata, output_dir: str | None) -> DatasetEvaluator:
+def _build_sem_seg(name: str, meta: Metadata, output_dir: str | None, head: CfgNode | None) -> DatasetEvaluator:
     return CheckedSemSegEvaluator(name, output_dir=output_dir)
 
 
-def _build_classification(name: str, meta: Metadata, output_dir: str | None) -> DatasetEvaluator:
+def _build_classification(name: str, meta: Metadata, output_dir: str | None, head: CfgNode | None) -> DatasetEvaluator:
     return ClassificationEvaluator(class_names=meta.classes)
 
 
-_BUILDERS: OrderedDict[str, Callable[[str, Metadata, str | None], DatasetEvaluator]] = OrderedDict(
-    coco=_build_coco,
-    lvis=_build_lvis,
-    pascal_voc=_build_voc,
-    sem_seg=_build_sem_seg,
-    classification=_build_classification,
-)
+def _build_multi_label(name: str, meta: Metadata, output_dir: str | None, head: CfgNode | None) -> DatasetEvaluator:
+    return MultiLabelEvaluator(class_names=meta.get("classes", None) or meta.thing_classes)
 
 
-def build_evaluator(dataset_name: str, *, output_dir: str | None) -> DatasetEvaluator:
+def _build_panoptic(name: str, meta: Metadata, output_dir: str | None, head: CfgNode | None) -> DatasetEvaluator:
+    return PanopticEvaluator(name, output_dir)
+
+
+def _build_depth(name: str, meta: Metadata, output_dir: str | None, head: CfgNode | None) -> DatasetEvaluator:
+    return DepthEvaluator()
+
+
+_Builder = Callable[[str, Metadata, str | None, CfgNode | None], DatasetEvaluator]
+#: evaluator_type -> who builds its evaluator
+_BUILDERS: dict[str, _Builder] = {
+    "coco": _build_coco,
+    "lvis": _build_lvis,
+    "pascal_voc": _build_voc,
+    "sem_seg": _build_sem_seg,
+    "classification": _build_classification,
+    "multi_label": _build_multi_label,
+    "coco_panoptic_seg": _build_panoptic,
+    "depth": _build_depth,
+}
+
+
+def evaluator_type(dataset_name: str, head: CfgNode | None = None) -> str | None:
+    """What is evaluated: what the data set's metadata says, unless its head learns something else from it."""
+    if head is not None and head.MODEL.META_ARCHITECTURE == "ImageClassifier" and head.MODEL.CLASSIFIER.MULTI_LABEL:
+        return "multi_label"
+    return MetadataCatalog.get(dataset_name).get("evaluator_type", None)
+
+
+def build_evaluator(dataset_name: str, *, output_dir: str | None, head: CfgNode | None = None) -> DatasetEvaluator:
     """Build the evaluator that ``evaluator_type`` of a data set's metadata asks for.
 
     Args:
         dataset_name: a registered data set.
         output_dir: predictions are written to the folder ``dataset_name`` below it; None writes nothing.
+        head: config of the head that is evaluated, where it makes a difference: to multi-label classifiers, and to
+            keypoints, of which it has the ``TEST.KEYPOINT_OKS_SIGMAS``.
 
     Raises:
         ValueError: for an unregistered data set, an unknown ``evaluator_type``, or annotations that cannot be used.
     """
     if dataset_name not in DatasetCatalog.list():
         raise ValueError(f"There is no data set {dataset_name!r}; it has to be registered before it is evaluated.")
-    meta = MetadataCatalog.get(dataset_name)
-    kind = meta.get("evaluator_type", None)
+    kind = evaluator_type(dataset_name, head)
     if kind not in _BUILDERS:
         raise ValueError(
             f"evaluator_type of the data set {dataset_name!r} is {kind!r}, but {', '.join(_BUILDERS)} are known."
@@ -303,4 +357,4 @@ def build_evaluator(dataset_name: str, *, output_dir: str | None) -> DatasetEval
         # The evaluators use fixed file names, so data sets need a folder each.
         folder = os.path.join(output_dir, dataset_name)
         PathManager.mkdirs(folder)
-    return _BUILDERS[kind](dataset_name, meta, folder)
+    return _BUILDERS[kind](dataset_name, MetadataCatalog.get(dataset_name), folder, head)

@@ -2,8 +2,17 @@
 
 from . import linear_head  # noqa: F401  registers LinearSemSegHead
 from .classifier import ImageClassifier
+from .depth import DepthEstimator
 from .expanded import BranchView, ExpandedBackbone, build_expanded_backbone
 from .plug_in import ExpandedBranch
 from .xlearner import XLearner
 
-__all__ = ["BranchView", "ExpandedBackbone", "ExpandedBranch", "ImageClassifier", "XLearner", "build_expanded_backbone"]
+__all__ = [
+    "BranchView",
+    "DepthEstimator",
+    "ExpandedBackbone",
+    "ExpandedBranch",
+    "ImageClassifier",
+    "XLearner",
+    "build_expanded_backbone",
+]

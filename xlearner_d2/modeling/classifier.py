@@ -23,6 +23,10 @@ class ImageClassifier(nn.Module):
         label_smoothing: share of the target that is spread over all classes.
         mixup, cutmix: strengths of timm's mixup and cutmix; 0 turns each off. Both need batches of even size.
         dropout: probability of dropping a pooled feature while training.
+        multi_label: an image has any number of classes, each a yes or no of its own; labels are then not smoothed.
+
+    Raises:
+        ValueError: for an unknown ``in_feature``, and for mixup or cutmix with ``multi_label``.
     """
 
     pixel_mean: Tensor
@@ -41,8 +45,11 @@ class ImageClassifier(nn.Module):
         mixup: float = 0.0,
         cutmix: float = 0.0,
         dropout: float = 0.0,
+        multi_label: bool = False,
     ):
         super().__init__()
+        if multi_label and (mixup or cutmix):
+            raise ValueError("MODEL.CLASSIFIER.MULTI_LABEL cannot be combined with MIXUP or CUTMIX.")
         shapes = backbone.output_shape()
         if in_feature not in shapes:
             raise ValueError(f"MODEL.CLASSIFIER.IN_FEATURE is {in_feature!r}, but the backbone offers {list(shapes)}.")
@@ -50,6 +57,7 @@ class ImageClassifier(nn.Module):
         self.in_feature = in_feature
         self.label_smoothing = label_smoothing
         self.num_classes = num_classes
+        self.multi_label = multi_label
         self.dropout = nn.Dropout(dropout)
         self.linear = nn.Linear(shapes[in_feature].channels, num_classes)
         nn.init.normal_(self.linear.weight, std=0.01)
@@ -75,6 +83,7 @@ class ImageClassifier(nn.Module):
             "mixup": options.MIXUP,
             "cutmix": options.CUTMIX,
             "dropout": options.DROPOUT,
+            "multi_label": options.MULTI_LABEL,
         }
 
     @property
@@ -85,21 +94,37 @@ class ImageClassifier(nn.Module):
         """Loss in training, probabilities otherwise.
 
         Args:
-            batched_inputs: each with ``image`` (C, H, W) and, in training, ``category_id``, the class index.
+            batched_inputs: each with ``image`` (C, H, W) and, in training, ``category_id``, the class index, or
+                ``category_ids``, the indices of all its classes, if it may have several.
 
         Returns:
-            ``{"loss_cls": scalar}`` in training; else, for each image, ``{"scores": (num_classes,)}``.
+            ``{"loss_cls": scalar}`` in training; else, for each image, ``{"scores": (num_classes,)}``, which sum to
+            one, or ``{"label_scores": (num_classes,)}``, each a probability, if it may have several.
         """
         images = [(x["image"].to(self.device) - self.pixel_mean) / self.pixel_std for x in batched_inputs]
         batch = ImageList.from_tensors(images).tensor
         if not self.training:
-            return [{"scores": scores} for scores in self._logits(batch).float().softmax(dim=1)]
+            logits = self._logits(batch).float()
+            if self.multi_label:
+                return [{"label_scores": scores} for scores in logits.sigmoid()]
+            return [{"scores": scores} for scores in logits.softmax(dim=1)]
+        loss = self._multi_label_loss if self.multi_label else self._single_label_loss
+        return {"loss_cls": loss(batch, batched_inputs)}
+
+    def _single_label_loss(self, batch: Tensor, batched_inputs: list[dict[str, Any]]) -> Tensor:
         labels = torch.tensor([x["category_id"] for x in batched_inputs], device=self.device)
         smoothing = self.label_smoothing
         if self.mixup is not None:
             batch, labels = self.mixup(batch, labels)  # labels are now (N, num_classes), smoothed
             smoothing = 0.0
-        return {"loss_cls": F.cross_entropy(self._logits(batch).float(), labels, label_smoothing=smoothing)}
+        return F.cross_entropy(self._logits(batch).float(), labels, label_smoothing=smoothing)
+
+    def _multi_label_loss(self, batch: Tensor, batched_inputs: list[dict[str, Any]]) -> Tensor:
+        """Binary cross-entropy, the mean over images and classes."""
+        targets = torch.zeros(len(batched_inputs), self.num_classes, device=self.device)
+        for target, x in zip(targets, batched_inputs, strict=True):
+            target[x["category_ids"]] = 1.0
+        return F.binary_cross_entropy_with_logits(self._logits(batch).float(), targets)
 
     def _logits(self, images: Tensor) -> Tensor:
         features = self.backbone(images)[self.in_feature]  # (N, C, H, W)

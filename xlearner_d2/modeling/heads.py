@@ -1,18 +1,23 @@
 """Any Detectron2 config is a head: its model is built, and its ResNet is replaced by a view of the task's branch."""
 
+import importlib.util
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import yaml
 from detectron2 import model_zoo
 from detectron2.config import CfgNode, get_cfg
-from detectron2.data import Metadata, MetadataCatalog
+from detectron2.data import MetadataCatalog
 from detectron2.modeling import Backbone, build_model
 from detectron2.modeling.backbone.resnet import ResNet
 from torch import nn
 
-from ..config import add_classifier_config, check_config_file
+from ..config import add_head_config, check_config_file
+from ..extensions import add_imported_configs
+from ..labels import PanopticLabels
 from ..specs import ConfigError, SourceSpec, TaskSpec
+from .adapt import adapt
 from .expanded import STAGES, BranchView, ExpandedBackbone
 
 #: What a branch is made of; a head's config follows the project's config in these.
@@ -28,11 +33,12 @@ ARCHITECTURE_KEYS = (
     "DEFORM_MODULATED",
     "DEFORM_NUM_GROUPS",
 )
-#: Metadata that holds class names -> settings that hold their number.
+#: Metadata that holds names -> settings that hold their number.
 CLASS_COUNTS = {
     "thing_classes": ("MODEL.ROI_HEADS.NUM_CLASSES", "MODEL.RETINANET.NUM_CLASSES"),
     "stuff_classes": ("MODEL.SEM_SEG_HEAD.NUM_CLASSES",),
     "classes": ("MODEL.CLASSIFIER.NUM_CLASSES",),
+    "keypoint_names": ("MODEL.ROI_KEYPOINT_HEAD.NUM_KEYPOINTS",),
 }
 #: What Detectron2's own meta-architectures learn from; others are taken at their word.
 NEEDED_CLASSES = {
@@ -44,6 +50,26 @@ NEEDED_CLASSES = {
     "PanopticFPN": ("thing_classes", "stuff_classes"),
     "ImageClassifier": ("classes",),
 }
+#: ResNets that differ from a branch in their stem and in dilations within res5, which a branch has in its own way.
+RESNET_VARIANTS = ("build_resnet_deeplab_backbone",)
+#: Settings whose value needs Detectron2's compiled operators.
+_COMPILED = {
+    "MODEL.PROPOSAL_GENERATOR.NAME": "RRPN",
+    "MODEL.ROI_HEADS.NAME": "RROIHeads",
+    "MODEL.ANCHOR_GENERATOR.NAME": "RotatedAnchorGenerator",
+    "MODEL.ROI_BOX_HEAD.POOLER_TYPE": "ROIAlignRotated",
+}
+COMPILED_HINT = (
+    "Detectron2's compiled operators, which this installation lacks (detectron2._C): build Detectron2 from its source "
+    "for this Python and PyTorch."
+)
+#: What to do about a name or key that Detectron2 does not know.
+_IMPORT_HINT = "If another project defines it, name its module in XLEARNER.IMPORTS."
+
+
+def has_compiled_operators() -> bool:
+    """Whether Detectron2 was built with its compiled operators."""
+    return importlib.util.find_spec("detectron2._C") is not None
 
 
 def find_config(name: str) -> str:
@@ -81,18 +107,26 @@ def head_config(source: SourceSpec, cfg: CfgNode, *, where: str = "") -> CfgNode
     except ConfigError as error:
         raise ConfigError([f"{where}.CONFIG is {source.config!r}: {problem}" for problem in error.problems]) from error
     head = get_cfg()
-    add_classifier_config(head)
+    add_head_config(head)
     try:
+        add_imported_configs(head, cfg.XLEARNER.IMPORTS)
         head.merge_from_file(path, allow_unsafe=True)  # checked above
         _follow(head, cfg)
-        _set_classes(head, MetadataCatalog.get(source.train[0]), source, where)
+        _set_classes(head, source, where)
         head.merge_from_list(list(source.opts))
+        _check_supported(head, f"{where} ({source.config})")
     except (KeyError, ValueError, AssertionError, yaml.YAMLError) as error:
-        problems = error.problems if isinstance(error, ConfigError) else [f"{where} ({source.config}): {error}"]
+        problems = error.problems if isinstance(error, ConfigError) else [_words(error, where, source)]
         raise ConfigError(problems) from error
     head.DATASETS.TRAIN, head.DATASETS.TEST = source.train, source.test
     head.freeze()
     return head
+
+
+def _words(error: Exception, where: str, source: SourceSpec) -> str:
+    text = str(error.args[0]) if isinstance(error, KeyError) and error.args else str(error)
+    hint = f" {_IMPORT_HINT}" if "Non-existent config key" in text else ""
+    return f"{where} ({source.config}): {text}{hint and '.'}{hint}"
 
 
 def _follow(head: CfgNode, cfg: CfgNode) -> None:
@@ -104,16 +138,74 @@ def _follow(head: CfgNode, cfg: CfgNode) -> None:
     head.MODEL.DEVICE = cfg.MODEL.DEVICE
 
 
-def _set_classes(head: CfgNode, metadata: Metadata, source: SourceSpec, where: str) -> None:
-    for name in NEEDED_CLASSES.get(head.MODEL.META_ARCHITECTURE, ()):
-        if name not in metadata.as_dict():
-            lack = f"the data set {source.train[0]!r} has no {name}"
+def _set_classes(head: CfgNode, source: SourceSpec, where: str) -> None:
+    """Fit the head to the classes and keypoints that the metadata of the source's data set lists."""
+    metadata = MetadataCatalog.get(source.train[0])
+    for names in _needed(head, source):
+        if not any(name in metadata.as_dict() for name in names):
+            lack = f"the data set {source.train[0]!r} has no {' or '.join(names)}"
             wish = f"which {head.MODEL.META_ARCHITECTURE} learns from (CONFIG {source.config})"
             raise ConfigError([f"{where}: {lack}, {wish}."])
     for name, settings in CLASS_COUNTS.items():
         if name in metadata.as_dict():
             head.merge_from_list([item for key in settings for item in (key, len(metadata.get(name)))])
+    if "classes" not in metadata.as_dict():  # a detection set, for multi-label classification
+        head.MODEL.CLASSIFIER.NUM_CLASSES = len(metadata.get("thing_classes", ()))
     head.MODEL.SEM_SEG_HEAD.IGNORE_VALUE = metadata.get("ignore_label", head.MODEL.SEM_SEG_HEAD.IGNORE_VALUE)
+    labels = PanopticLabels.of(metadata)
+    if labels is not None and head.MODEL.META_ARCHITECTURE == "PanopticFPN":
+        head.MODEL.ROI_HEADS.NUM_CLASSES = len(labels.things)
+        head.MODEL.SEM_SEG_HEAD.NUM_CLASSES = labels.stuff_classes
+    _set_imported_counts(head)
+
+
+def _set_imported_counts(head: CfgNode) -> None:
+    """``NUM_CLASSES`` in sections that imported modules added, such as ``MODEL.POINT_HEAD``."""
+    is_semantic = head.MODEL.META_ARCHITECTURE == "SemanticSegmentor"
+    count = (head.MODEL.SEM_SEG_HEAD if is_semantic else head.MODEL.ROI_HEADS).NUM_CLASSES
+    for name in head.MODEL.keys() - get_cfg().MODEL.keys() - {"CLASSIFIER"}:
+        section = head.MODEL[name]
+        if isinstance(section, CfgNode) and "NUM_CLASSES" in section:
+            section.NUM_CLASSES = count
+
+
+def _needed(head: CfgNode, source: SourceSpec) -> list[tuple[str, ...]]:
+    """Metadata that the head's data set should have: one of each tuple."""
+    needed: list[tuple[str, ...]] = [(name,) for name in NEEDED_CLASSES.get(head.MODEL.META_ARCHITECTURE, ())]
+    opts = dict(zip(source.opts[::2], source.opts[1::2], strict=False))
+    if opts.get("MODEL.CLASSIFIER.MULTI_LABEL", head.MODEL.CLASSIFIER.MULTI_LABEL):
+        needed = [("classes", "thing_classes") if names == ("classes",) else names for names in needed]
+    if opts.get("MODEL.KEYPOINT_ON", head.MODEL.KEYPOINT_ON):
+        needed += [("keypoint_names",), ("keypoint_flip_map",)]
+    return needed
+
+
+def _check_supported(head: CfgNode, where: str) -> None:
+    """See that the head needs no operator that is missing here, and no stride that no branch has."""
+    problems = []
+    resnets = head.MODEL.RESNETS
+    wanted = [f"{key} {value}" for key, value in _COMPILED.items() if _get(head, key) == value]
+    if any(resnets.DEFORM_ON_PER_STAGE):
+        wanted.append("MODEL.RESNETS.DEFORM_ON_PER_STAGE")
+    if wanted and not has_compiled_operators():
+        problems.append(f"{where}: {', '.join(wanted)} needs {COMPILED_HINT}")
+    res4, res5 = resnets.get("RES4_DILATION", 1), resnets.RES5_DILATION
+    if res4 != 1 or res5 not in (1, 2):
+        problems.append(
+            f"{where} wants a dilated res4 (MODEL.RESNETS.RES4_DILATION {res4}, RES5_DILATION {res5}), but res4 of a "
+            "branch has stride 16. Set RES4_DILATION to 1 and RES5_DILATION to 1 or 2 in the OPTS of the source."
+        )
+    if problems:
+        raise ConfigError(problems)
+    if head.MODEL.BACKBONE.NAME in RESNET_VARIANTS:
+        head.MODEL.BACKBONE.NAME = "build_resnet_backbone"
+
+
+def _get(head: CfgNode, key: str) -> object:
+    node: Any = head
+    for part in key.split("."):
+        node = node[part]
+    return node
 
 
 def derive_tasks(sources: Sequence[SourceSpec], heads: Mapping[str, CfgNode]) -> list[TaskSpec]:
@@ -185,7 +277,8 @@ def build_head(source: SourceSpec, head: CfgNode, backbone: ExpandedBackbone) ->
     try:
         model = build_model(head)
     except (AssertionError, KeyError, ValueError, ImportError) as error:
-        message = f"XLEARNER.SOURCES.{source.name}: the model of {source.config} cannot be built: {error!r}"
+        hint = f" {_IMPORT_HINT}" if "No object named" in str(error) else ""
+        message = f"XLEARNER.SOURCES.{source.name}: the model of {source.config} cannot be built: {error!r}.{hint}"
         raise ConfigError([message]) from error
     parent, attribute, resnet = find_resnet(model, source)
     features = list(resnet.output_shape())
@@ -195,4 +288,5 @@ def build_head(source: SourceSpec, head: CfgNode, backbone: ExpandedBackbone) ->
     view = BranchView(backbone=backbone, task=source.task, out_features=features)
     _check_shapes(resnet, view, source)
     setattr(parent, attribute, view)
+    adapt(model, MetadataCatalog.get(source.train[0]))
     return model

@@ -2,11 +2,13 @@
 
 import copy
 import functools
+import logging
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
+import matplotlib
 import numpy as np
 import torch
 from detectron2.data import DatasetCatalog, Metadata, MetadataCatalog
@@ -19,12 +21,19 @@ from detectron2.utils.visualizer import Visualizer
 from PIL import Image, ImageDraw, ImageFont
 from torch.nn import functional as F
 
+from ..data.depth import read_depth
+from ..extensions import rgb2id
+from ..labels import image_labels
+
+logger = logging.getLogger(__name__)
+
 Record = Mapping[str, Any]
 Colour = tuple[float, float, float]
 Line = tuple[str, Colour]  # of a caption
-KINDS = ("instances", "sem_seg", "scores")
+KINDS = ("instances", "sem_seg", "panoptic_seg", "depth", "scores", "label_scores")
 _GREEN, _RED, _WHITE = (0.45, 0.95, 0.45), (1.0, 0.5, 0.45), (1.0, 1.0, 1.0)
 _MARGIN, _HEADER = 6, 34
+_MOST_LABELS = 6
 
 
 def draw_dataset_predictions(
@@ -33,6 +42,7 @@ def draw_dataset_predictions(
     mapper: Callable[[dict[str, Any]], dict[str, Any]],
     *,
     output_file: str | Path,
+    records: Sequence[Record] | None = None,
     num_images: int = 8,
     score_threshold: float = 0.5,
 ) -> None:
@@ -43,19 +53,23 @@ def draw_dataset_predictions(
         dataset_name: a registered data set.
         mapper: turns a record into an input of the model, such as ``DatasetMapper(…, is_train=False)``.
         output_file, score_threshold: see :func:`draw_predictions`.
+        records: of the data set, where they hold more than it has itself, such as proposals.
         num_images: fewer if the data set is smaller.
 
     Raises:
         ValueError: for an empty data set, and as :func:`draw_predictions`.
     """
-    records = DatasetCatalog.get(dataset_name)
+    records = DatasetCatalog.get(dataset_name) if records is None else records
     if not records or num_images < 1:
         raise ValueError(f"{num_images} of the {len(records)} images of {dataset_name!r} cannot be drawn.")
     # The same images at every call, so that pictures of several models can be compared.
     chosen = np.linspace(0, len(records) - 1, min(num_images, len(records))).round().astype(int)
     records = [records[index] for index in chosen]
     with torch.no_grad(), inference_context(model) if isinstance(model, torch.nn.Module) else nullcontext():
-        outputs = [model([mapper(copy.deepcopy(record))])[0] for record in records]
+        outputs = [model([mapper(copy.deepcopy(dict(record)))])[0] for record in records]
+    if not set(KINDS) & set(outputs[0]):
+        logger.info("No pictures of %s: %s cannot be drawn.", dataset_name, ", ".join(outputs[0]) or "nothing")
+        return
     draw_predictions(
         records, outputs, MetadataCatalog.get(dataset_name), output_file=output_file, score_threshold=score_threshold
     )
@@ -74,8 +88,10 @@ def draw_predictions(
     """Write a PNG with the ground truth next to the prediction for each image.
 
     Args:
-        records: data set records with ``file_name`` and any of ``annotations``, ``sem_seg_file_name``, ``category_id``.
-        outputs: one per record, in the size of its file, with any of ``instances``, ``sem_seg`` (logits [C, H, W]) and
+        records: data set records with ``file_name`` and any of ``annotations``, ``sem_seg_file_name``,
+            ``pan_seg_file_name``, ``depth_file_name``, ``category_id`` and ``category_ids``.
+        outputs: one per record, in the size of its file, with any of ``instances``, ``sem_seg`` (logits [C, H, W]),
+            ``panoptic_seg`` (drawn instead of these two), ``depth`` ([H, W]), ``label_scores`` ([C] probabilities) and
             ``scores`` ([C]; probabilities, or logits, which a softmax turns into probabilities).
         metadata: names and, if it has them, colours of the classes.
         output_file: its folder is created.
@@ -139,6 +155,16 @@ def _overlay(visualizer: Visualizer, classes: Sequence[int], *, scores: Sequence
 
 def _draw_truth(visualizer: Visualizer, record: Record, output: Mapping[str, Any], transform: ResizeTransform) -> None:
     """Draw of the record what the output predicts."""
+    if "panoptic_seg" in output and "pan_seg_file_name" in record:
+        segments = rgb2id(utils.read_image(record["pan_seg_file_name"], "RGB"))
+        _draw_panoptic(visualizer, transform.apply_segmentation(segments.astype(np.float32)), record["segments_info"])
+        return
+    if "depth" in output and "depth_file_name" in record:
+        depth = read_depth(record["depth_file_name"], scale=record["depth_scale"])
+        _draw_depth(visualizer, transform.apply_segmentation(depth))
+    if "label_scores" in output:
+        names = visualizer.metadata.get("classes", ()) or visualizer.metadata.get("thing_classes", ())
+        _caption(visualizer, [(_name(names, label), _WHITE) for label in image_labels(record)[:_MOST_LABELS]])
     if "sem_seg" in output and "sem_seg_file_name" in record:
         labels = utils.read_image(record["sem_seg_file_name"]).astype(np.uint8)
         _draw_labels(visualizer, transform.apply_segmentation(labels))
@@ -169,6 +195,15 @@ def _draw_output(
     visualizer: Visualizer, record: Record, output: Mapping[str, Any], *, score_threshold: float, max_fallback: int
 ) -> None:
     height, width = visualizer.img.shape[:2]
+    if "panoptic_seg" in output and output["panoptic_seg"][1] is not None:
+        segments, infos = output["panoptic_seg"]
+        _draw_panoptic(visualizer, _enlarge(segments, height, width), infos)
+        return
+    if "depth" in output:
+        _draw_depth(visualizer, _enlarge(output["depth"], height, width))
+    if "label_scores" in output:
+        names = visualizer.metadata.get("classes", ()) or visualizer.metadata.get("thing_classes", ())
+        _caption(visualizer, _likely_labels(output["label_scores"], image_labels(record), names))
     if "sem_seg" in output:
         logits = output["sem_seg"].detach().float().cpu()[None]
         logits = F.interpolate(logits, size=(height, width), mode="bilinear", align_corners=False)
@@ -187,6 +222,34 @@ def _draw_output(
         _overlay(visualizer, classes, scores=scores, boxes=boxes.numpy(), masks=masks)
     if "scores" in output:
         _caption(visualizer, _guesses(output["scores"], record, visualizer.metadata.get("classes", ())))
+
+
+def _enlarge(values: torch.Tensor, height: int, width: int) -> np.ndarray:
+    """[height, width] float32 of a map [H, W], by nearest neighbour."""
+    return F.interpolate(values.detach().float().cpu()[None, None], size=(height, width))[0, 0].numpy()
+
+
+def _draw_panoptic(visualizer: Visualizer, segments: np.ndarray, infos: Sequence[Mapping[str, Any]]) -> None:
+    shown = [{key: info[key] for key in ("id", "category_id", "isthing")} for info in infos]
+    visualizer.draw_panoptic_seg(torch.as_tensor(segments.astype(np.int64)), shown, area_threshold=0, alpha=0.55)
+
+
+def _draw_depth(visualizer: Visualizer, depth: np.ndarray) -> None:
+    """Near is bright; where nothing is known, the image stays."""
+    known = depth > 0
+    inverse = np.divide(1, depth, where=known, out=np.zeros_like(depth))
+    colours = matplotlib.colormaps["inferno"](inverse / max(float(inverse.max()), 1e-9))[..., :3]
+    image = np.where(known[..., None], 255 * colours, visualizer.img)
+    visualizer.output.ax.imshow(
+        image.astype(np.uint8), extent=(0, visualizer.output.width, visualizer.output.height, 0)
+    )
+
+
+def _likely_labels(scores: torch.Tensor, labels: Sequence[int], names: Sequence[str]) -> list[Line]:
+    """The labels that are more likely than not, or the likeliest one: green if right, red if wrong."""
+    ranking = scores.detach().float().cpu().argsort(descending=True)[:_MOST_LABELS].tolist()
+    shown = [index for index in ranking if scores[index] >= 0.5] or ranking[:1]
+    return [(f"{_name(names, i)} {float(scores[i]):.0%}", _GREEN if i in labels else _RED) for i in shown]
 
 
 def _best(instances: Instances, score_threshold: float, max_fallback: int) -> Instances:

@@ -10,7 +10,7 @@ from pathlib import Path
 from detectron2.data import DatasetCatalog
 
 from ...specs import ConfigError, DatasetSpec, nearest
-from . import coco, image_folder, image_list, lvis, panoptic, semantic, torchvision_sets, voc, webdataset_shards
+from . import coco, depth, image_folder, image_list, lvis, panoptic, semantic, torchvision_sets, voc, webdataset_shards
 
 __all__ = ["dataset_root", "register_datasets"]
 
@@ -23,6 +23,7 @@ _FORMATS: Mapping[str, Callable[[DatasetSpec, Path], None]] = {
     "image_folder": image_folder.register,
     "image_list": image_list.register,
     "webdataset": webdataset_shards.register,
+    "depth": depth.register,
     "torchvision": torchvision_sets.register,
 }
 
