@@ -16,6 +16,7 @@ for name in (
     "detectron2.data.common",  # three lines on serialising each data set
     "detectron2.data.dataset_mapper",  # the augmentations of each source, which its config says
     "torch.fx._symbolic_trace",  # Detectron2 asks whether it is being traced
+    "torch.multiprocessing.spawn",  # that it ends the other workers of one that has failed
     "detectron2.evaluation.sem_seg_evaluation",  # a dict on one line, which the closing table says readably
 ):
     logging.getLogger(name).setLevel(logging.ERROR)

@@ -48,6 +48,14 @@ def add_xlearner_config(cfg: CfgNode) -> None:
     # The shares go with size ** (1 / TEMPERATURE): 1 by size, 2 by its square root, larger ones more evenly.
     s.TEMPERATURE = 2.0
 
+    x.TIMEOUT = t = CfgNode()
+    # Seconds without a sign of life after which a worker counts as hung or its machine as lost, and the others end with
+    # an error. A worker that dies is noticed at once.
+    t.SILENT = 180.0
+    # Seconds that a worker waits for the others in one operation of a training step, as when one of them reads from a
+    # file system that hangs; also for all to start. Evaluation, checkpoints and export may take longer.
+    t.STUCK = 1800.0
+
     x.RECONCILIATION = r = CfgNode()
     # Stages of a branch that receive features of the other branches.
     r.STAGES = ["res2", "res3", "res4"]

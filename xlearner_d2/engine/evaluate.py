@@ -16,6 +16,7 @@ from ..modeling import XLearner
 from ..modeling.expanded import build_branch
 from ..modeling.xlearner import cpu_autocast_dtype
 from .plan import Plan, student_config
+from .workers import wait_for_all
 
 logger = logging.getLogger(__name__)
 
@@ -39,6 +40,7 @@ def evaluate_sources(model: XLearner, plan: Plan) -> SourceResults:
                 folder = plan.stage_dir("expand") / "inference" / source.name / name
                 evaluator = build_evaluator(name, output_dir=str(folder), head=plan.heads[source.name])
                 found: Any = inference_on_dataset(model.heads[source.name], loader, evaluator)
+                wait_for_all()  # the main worker scores what all have found
                 if comm.is_main_process():
                     results.setdefault(source.name, {})[name] = main_metric(found)
     return results

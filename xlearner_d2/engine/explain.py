@@ -24,6 +24,7 @@ def explain(plan: Plan) -> str:
     lines = [
         f"The plan: {', then '.join(f'{stage} for {steps[stage]} steps' for stage in plan.stages)}, "
         f"on {_devices(plan)}, sharing {plan.cfg.XLEARNER.SHARING!r}.",
+        *_scaling(plan),
         "",
         _sources_table(plan, model),
         "",
@@ -35,6 +36,16 @@ def explain(plan: Plan) -> str:
         f"Results: {plan.cfg.OUTPUT_DIR}/{EXPANDED_FILE}, {plan.cfg.OUTPUT_DIR}/{STUDENT_FILE}.",
     ]
     return "\n".join(lines)
+
+
+def _scaling(plan: Plan) -> list[str]:
+    if plan.written_for == plan.world_size:
+        return []
+    scale = plan.world_size / plan.written_for
+    return [
+        f"Scaled from {plan.written_for} to {plan.world_size} workers (SOLVER.REFERENCE_WORLD_SIZE): batches and "
+        f"learning rate times {scale:g}, the latter now {plan.cfg.SOLVER.BASE_LR:g}; steps divided by {scale:g}."
+    ]
 
 
 def _devices(plan: Plan) -> str:

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from detectron2.config import CfgNode
 
-from ..config import SHARING, STAGES, STEPS, usable_device
+from ..config import SHARING, STAGES, STEPS
 from ..data.balance import build_stream, share_images
 from ..data.sources import SourceData, load_records, register_sources, source_data
 from ..extensions import import_modules
@@ -18,6 +18,7 @@ from ..modeling.expanded import STAGES as RESNET_STAGES
 from ..modeling.heads import COMPILED_HINT, derive_tasks, has_compiled_operators, head_config
 from ..specs import ConfigError, ProbeSpec, SourceSpec, TaskSpec, nearest, parse_probes, parse_sources
 from .optimizer import OPTIMIZERS
+from .scaling import scale_to_workers
 
 #: What the expand stage leaves in OUTPUT_DIR, and what squeeze starts from.
 EXPANDED_FILE = "expanded.pth"
@@ -31,6 +32,7 @@ class Plan:
 
     Attributes:
         world_size: number of workers.
+        written_for: number of workers that the config was written for; it was scaled from these.
         cfg: the project's config, frozen, scaled to the number of workers.
         sources: in the order of the config.
         heads: the Detectron2 config of each source's head, by source.
@@ -41,6 +43,7 @@ class Plan:
     """
 
     world_size: int
+    written_for: int
     cfg: CfgNode
     sources: tuple[SourceSpec, ...]
     heads: Mapping[str, CfgNode]
@@ -131,7 +134,16 @@ def _check_settings(cfg: CfgNode, world_size: int) -> list[str]:
         problems.append(f"SOLVER.OPTIMIZER is {cfg.SOLVER.OPTIMIZER!r}, but one of {known} is expected.")
     if any(cfg.MODEL.RESNETS.DEFORM_ON_PER_STAGE) and not has_compiled_operators():
         problems.append(f"MODEL.RESNETS.DEFORM_ON_PER_STAGE needs {COMPILED_HINT}")
-    return problems + _check_squeeze(cfg)
+    return problems + check_timeouts(cfg) + _check_squeeze(cfg)
+
+
+def check_timeouts(cfg: CfgNode) -> list[str]:
+    """Problems of the settings that the workers of a run need to find each other."""
+    return [
+        f"XLEARNER.TIMEOUT.{key} is {seconds}, but a number of seconds above 0 is expected."
+        for key, seconds in cfg.XLEARNER.TIMEOUT.items()
+        if not 0 < seconds < float("inf")
+    ]
 
 
 def check_output(plan: Plan, *, resume: bool) -> None:
@@ -189,26 +201,6 @@ def squeeze_config(cfg: CfgNode) -> CfgNode:
     return cfg
 
 
-def scale_to_workers(cfg: CfgNode, world_size: int) -> CfgNode:
-    """Scale batches and learning rates from ``SOLVER.REFERENCE_WORLD_SIZE`` workers (0: no scaling) to these."""
-    reference = cfg.SOLVER.REFERENCE_WORLD_SIZE
-    cfg = cfg.clone()
-    cfg.defrost()
-    cfg.MODEL.DEVICE = usable_device(cfg)
-    if reference and reference != world_size:
-        scale = world_size / reference
-        cfg.SOLVER.BASE_LR *= scale
-        cfg.XLEARNER.SAMPLING.IMS_PER_BATCH = round(cfg.XLEARNER.SAMPLING.IMS_PER_BATCH * scale)
-        if "BASE_LR" in cfg.XLEARNER.SQUEEZE.SOLVER:
-            cfg.XLEARNER.SQUEEZE.SOLVER.BASE_LR *= scale
-        for record in cfg.XLEARNER.SOURCES.values():
-            if record is not None:
-                record.IMS_PER_BATCH = round(record.get("IMS_PER_BATCH", 16) * scale)
-        cfg.SOLVER.REFERENCE_WORLD_SIZE = world_size
-    cfg.freeze()
-    return cfg
-
-
 def _check_start(cfg: CfgNode, tasks: Sequence[TaskSpec]) -> list[str]:
     """Found now, as the student is built after hours of expansion."""
     start, names = cfg.XLEARNER.SQUEEZE.INIT, [task.name for task in tasks]
@@ -261,6 +253,25 @@ def _balance(
     return [replace(source, ims_per_batch=shares[source.name]) for source in sources], {}
 
 
+def _check_norm(cfg: CfgNode, where: str, world_size: int) -> list[str]:
+    """Norm layers that several workers cannot have on CPUs."""
+    if world_size == 1 or cfg.MODEL.DEVICE != "cpu":
+        return []
+    return [
+        f"{where}.{key} is {value!r}, which torch has for GPUs alone: take naiveSyncBN on CPUs."
+        for key, value in _leaves(cfg.MODEL)
+        if key.endswith("NORM") and value in ("SyncBN", "nnSyncBN")
+    ]
+
+
+def _leaves(node: CfgNode, prefix: str = "") -> Iterator[tuple[str, object]]:
+    for key, value in node.items():
+        if isinstance(value, CfgNode):
+            yield from _leaves(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value
+
+
 def make_plan(cfg: CfgNode, *, world_size: int) -> Plan:
     """Validate a config and its data.
 
@@ -270,9 +281,11 @@ def make_plan(cfg: CfgNode, *, world_size: int) -> Plan:
     Raises:
         ConfigError: with all problems of the config; when it has none, with all problems of the data.
     """
+    written_for = cfg.SOLVER.REFERENCE_WORLD_SIZE or world_size
     cfg = scale_to_workers(cfg, world_size)
     import_modules(cfg.XLEARNER.IMPORTS)
     problems = _check_settings(cfg, world_size)
+    problems += _check_norm(cfg, "MODEL", world_size)
     sharing = cfg.XLEARNER.SAMPLING.IMS_PER_BATCH != 0  # instead of what each source says
     sources = parse_sources(cfg.XLEARNER.SOURCES, problems, world_size=1 if sharing else world_size)
     probes = parse_probes(cfg.XLEARNER.PROBES, problems)
@@ -293,6 +306,7 @@ def make_plan(cfg: CfgNode, *, world_size: int) -> Plan:
         with _collect(problems):
             problems += _check_head(source, heads[source.name], world_size)
             build_stream(source, heads[source.name], data[source.name].train, seed=0)
+            problems += _check_norm(heads[source.name], f"XLEARNER.SOURCES.{source.name}: MODEL", world_size)
     if problems:
         raise ConfigError(problems)
     tasks = derive_tasks(sources, heads)
@@ -301,6 +315,7 @@ def make_plan(cfg: CfgNode, *, world_size: int) -> Plan:
         raise ConfigError(problems)
     return Plan(
         world_size=world_size,
+        written_for=written_for,
         cfg=cfg,
         sources=tuple(sources),
         heads=heads,

@@ -24,6 +24,7 @@ from .explain import explain
 from .plan import STUDENT_FILE, Plan, check_expanded, check_output, expanded_file, make_plan
 from .squeeze import squeeze
 from .trainer import expand
+from .workers import describe_workers, wait_for_all
 
 logger = logging.getLogger(__name__)
 
@@ -50,6 +51,7 @@ def run(cfg: CfgNode, args: argparse.Namespace) -> dict[str, Any]:
         ConfigError: before anything is written, see :func:`validate`.
     """
     plan, description = validate(cfg, args, world_size=comm.get_world_size())
+    wait_for_all()  # nothing is written before every worker has found the config and the data to be as needed
     _set_up(plan, args, description)
     model = _load_expanded(plan) if args.eval_only else _train(plan, resume=args.resume)
     metrics: dict[str, Any] = {}
@@ -64,7 +66,7 @@ def run(cfg: CfgNode, args: argparse.Namespace) -> dict[str, Any]:
             metrics = {**json.loads(path.read_text()), **metrics}
         path.write_text(json.dumps(metrics, indent=2) + "\n")
         logger.info(f"All results are in {path}.")
-    comm.synchronize()
+    wait_for_all()
     return metrics
 
 
@@ -79,6 +81,7 @@ def _set_up(plan: Plan, args: argparse.Namespace, description: str) -> None:
     for name in ("fvcore", "detectron2", "xlearner_d2"):
         setup_logger(folder, distributed_rank=comm.get_rank(), name=name).setLevel(logging.INFO)
     logger.info(f"Command: {args}")
+    logger.info(f"Workers: {describe_workers()}.")
     logger.info(f"\n{description}")
 
 

@@ -4,7 +4,7 @@ import logging
 from collections.abc import Iterable, Iterator
 from contextlib import nullcontext
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from detectron2.engine import HookBase, SimpleTrainer, TrainerBase, hooks
@@ -26,6 +26,7 @@ from ..modeling.expanded import TRUNK, build_branch
 from .optimizer import make_optimizer
 from .plan import STUDENT_FILE, Plan, expanded_file, squeeze_config, student_config
 from .trainer import StepSeed, build_loader, build_step_trainer, common_hooks, resume, share_norm_statistics
+from .workers import wait_for_all
 
 logger = logging.getLogger(__name__)
 
@@ -81,7 +82,7 @@ class SqueezeHook(HookBase):
         share_norm_statistics(self.distiller.student)
         if comm.is_main_process():
             self.export(self.distiller.student)
-        comm.synchronize()
+        wait_for_all()
 
     def state_dict(self) -> dict[str, Any]:
         trainer = self.inner.state_dict()
@@ -167,6 +168,15 @@ def _fitting_branch(student: ResNet, teacher: XLearner) -> str:
     return task if shapes[0] == shapes[1] else "random"
 
 
+def freeze_unmatched(distiller: Distiller) -> None:
+    """Stop training the student's stages after the last one that gets a hint: without labels they get no gradient."""
+    last = max(stage for projectors in distiller.projectors.values() for stage in cast(nn.ModuleDict, projectors))
+    for stage in distiller.student.stage_names:
+        if stage > last:
+            logger.warning(f"{stage} of the student gets no hint (XLEARNER.SQUEEZE.STAGES) and stays as it starts.")
+            getattr(distiller.student, stage).requires_grad_(False)
+
+
 def build_squeeze_hook(
     plan: Plan, teacher: XLearner, batches: Iterable[Any], *, max_iter: int, scope: str = ""
 ) -> SqueezeHook:
@@ -194,6 +204,8 @@ def build_squeeze_hook(
         own_images=squeeze.OWN_IMAGES,
         learner=learner,
     )
+    if learner is None:
+        freeze_unmatched(distiller)
     optimizer = make_optimizer(cfg, distiller)
     path = Path(cfg.OUTPUT_DIR) / STUDENT_FILE
 

@@ -25,6 +25,7 @@ from ..modeling import XLearner
 from .evaluate import SourceResults, evaluate_sources
 from .optimizer import make_optimizer
 from .plan import EXPANDED_FILE, Plan
+from .workers import wait_for_all
 
 logger = logging.getLogger(__name__)
 
@@ -186,7 +187,7 @@ def expand(plan: Plan, *, resume_run: bool) -> XLearner:
     if comm.is_main_process():
         save_expanded(model, cfg, plan.tasks, path)
         logger.info(f"The expanded model is in {path}.")
-    comm.synchronize()
+    wait_for_all()
     return model
 
 

@@ -1,5 +1,6 @@
 """A trial of each source before a run: two of its images through its head, to see that they fit and what they keep."""
 
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -28,18 +29,47 @@ def expected_memory(plan: Plan, model: XLearner) -> float:
     problems: list[str] = []
     steps: list[float] = []
     fixed = sum(p.numel() for p in model.parameters()) * _BYTES_PER_PARAMETER[plan.cfg.SOLVER.OPTIMIZER]
+    learning: set[Tensor] = set()
     model.train()
     for source in plan.sources:
         try:
             images = _images(plan, source)
-            kept = _kept_bytes(model, source.name, images)
+            kept, losses = _kept_bytes(model, source.name, images)
+            learning |= _leaves_of(losses)
         except Exception as error:  # whatever a third party's head raises
             problems.append(f"XLEARNER.SOURCES.{source.name}: a trial step with {source.config} failed: {error!r}")
             continue
         steps.append(kept * (source.ims_per_batch // plan.world_size) / len(images))
+    if not problems and plan.world_size > 1 and not plan.turns:  # else they are looked for in every step
+        problems = _check_gradients(model, learning)
     if problems:
         raise ConfigError(problems)
     return (fixed + (max(steps) if plan.turns else sum(steps))) / 1e9
+
+
+def _check_gradients(model: XLearner, learning: set[Tensor]) -> list[str]:
+    """Several workers wait for one another's gradients, so that a parameter without one would end the second step."""
+    idle = [name for name, value in model.named_parameters() if value.requires_grad and value not in learning]
+    by_part = {".".join(name.split(".")[:2]): name for name in idle}
+    return [
+        f"{part}: {name} and perhaps others get no gradient from any loss, which only one worker can train. "
+        "Set the head's options so that they are used, or freeze or remove them."
+        for part, name in by_part.items()
+    ]
+
+
+def _leaves_of(losses: Iterable[Tensor]) -> set[Tensor]:
+    """The tensors that get a gradient from any of these."""
+    waiting, seen, found = [loss.grad_fn for loss in losses], set(), set()
+    while waiting:
+        node = waiting.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        if hasattr(node, "variable"):
+            found.add(node.variable)
+        waiting += [following for following, _ in node.next_functions]
+    return found
 
 
 def _images(plan: Plan, source: SourceSpec) -> list[dict[str, Any]]:
@@ -48,8 +78,8 @@ def _images(plan: Plan, source: SourceSpec) -> list[dict[str, Any]]:
     return [mapper(records[number % len(records)], seed=number) for number in range(_NUM_IMAGES)]
 
 
-def _kept_bytes(model: XLearner, source: str, images: list[dict[str, Any]]) -> int:
-    """Bytes of the distinct tensors that autograd keeps for the backward pass, parameters aside."""
+def _kept_bytes(model: XLearner, source: str, images: list[dict[str, Any]]) -> tuple[int, list[Tensor]]:
+    """Bytes of the distinct tensors that autograd keeps for the backward pass, parameters aside; and the losses."""
     kept: dict[int, int] = {}
 
     def note(tensor: Tensor) -> Tensor:
@@ -63,4 +93,4 @@ def _kept_bytes(model: XLearner, source: str, images: list[dict[str, Any]]) -> i
         assert losses
     for parameter in model.parameters():
         kept.pop(parameter.untyped_storage().data_ptr(), None)
-    return sum(kept.values())
+    return sum(kept.values()), list(losses.values())

@@ -10,6 +10,7 @@ import torch
 from detectron2.config import CfgNode, configurable
 from detectron2.modeling import META_ARCH_REGISTRY, Backbone
 from detectron2.structures import ImageList
+from detectron2.utils import comm
 from detectron2.utils.events import get_event_storage, has_event_storage
 from torch import Tensor, nn
 
@@ -160,16 +161,19 @@ class XLearner(nn.Module):
         """Normalised images of the sources that go through one branch, those of one size together.
 
         Together, because a branch's batch statistics should be those of the mix it is used on, as its running ones are.
+        Workers form the same groups, as they exchange statistics for each of them: all of them call this together.
 
         Args:
             together: all sources, whatever their branch.
         """
+        images = {source: self.preprocess(source, inputs) for source, inputs in batches.items()}
+        sizes = {source: tuple(of.shape[2:]) for source, of in images.items()}
+        everywhere = comm.all_gather(sizes) if len(images) > 1 else [sizes]
         members: dict[Any, dict[str, Tensor]] = {}
-        for source, inputs in batches.items():
-            images = self.preprocess(source, inputs)
+        for source, of in images.items():
             branch = None if together else self.backbone.branch_of[self.task_of[source]]
-            members.setdefault((branch, images.shape[1:]), {})[source] = images
-        return [ImageGroup.join(images) for images in members.values()]
+            members.setdefault((branch, *(found[source] for found in everywhere)), {})[source] = of
+        return [ImageGroup.join(of) for of in members.values()]
 
     def head_losses(
         self, batches: SourceBatches, group: "ImageGroup", features: Mapping[str, Tensor]

@@ -1,0 +1,58 @@
+"""Batches, learning rates and steps for another number of workers than a config was written for."""
+
+from detectron2.config import CfgNode
+
+from ..config import usable_device
+from ..specs import ConfigError
+
+
+def scale_to_workers(cfg: CfgNode, world_size: int) -> CfgNode:
+    """Scale a config that was written for ``SOLVER.REFERENCE_WORLD_SIZE`` workers (0: for any number) to these.
+
+    Each worker keeps its share of a batch and the run its number of images: batches and learning rates grow with the
+    number of workers, steps shrink, as Detectron2's ``auto_scale_workers`` does it.
+
+    Raises:
+        ConfigError: when the reference is no number of workers, or could not have shared the batches itself.
+    """
+    reference = cfg.SOLVER.REFERENCE_WORLD_SIZE
+    cfg = cfg.clone()
+    cfg.defrost()
+    cfg.MODEL.DEVICE = usable_device(cfg)
+    if reference < 0:
+        raise ConfigError([f"SOLVER.REFERENCE_WORLD_SIZE is {reference}, but a number of workers is expected, or 0."])
+    if reference not in (0, world_size):
+        scale = world_size / reference
+        _scale_solver(cfg.SOLVER, scale)
+        _scale_solver(cfg.XLEARNER.SQUEEZE.SOLVER, scale)
+        cfg.TEST.EVAL_PERIOD = round(cfg.TEST.EVAL_PERIOD / scale)
+        _scale_batches(cfg, world_size, reference)
+        cfg.SOLVER.REFERENCE_WORLD_SIZE = world_size
+    cfg.freeze()
+    return cfg
+
+
+def _scale_batches(cfg: CfgNode, world_size: int, reference: int) -> None:
+    records = {f"SOURCES.{name}": record for name, record in cfg.XLEARNER.SOURCES.items()}
+    problems = []
+    for name, record in {**records, "SAMPLING": cfg.XLEARNER.SAMPLING}.items():
+        batch = record.get("IMS_PER_BATCH", 16) if isinstance(record, CfgNode) else None
+        if not isinstance(batch, int):
+            continue  # dropped, or a problem that is found later
+        if batch % reference:
+            shared = f"the {reference} workers of SOLVER.REFERENCE_WORLD_SIZE can share evenly"
+            problems.append(f"XLEARNER.{name}.IMS_PER_BATCH is {batch}, but a number that {shared} is expected.")
+        record.IMS_PER_BATCH = batch // reference * world_size
+    if problems:
+        raise ConfigError(problems)
+
+
+def _scale_solver(solver: CfgNode, scale: float) -> None:
+    """Scale those of these keys that are there: the learning rate up, steps down."""
+    if "BASE_LR" in solver:
+        solver.BASE_LR *= scale
+    for key in ("MAX_ITER", "WARMUP_ITERS", "CHECKPOINT_PERIOD"):
+        if key in solver:
+            solver[key] = round(solver[key] / scale)
+    if "STEPS" in solver:
+        solver.STEPS = tuple(round(step / scale) for step in solver.STEPS)
