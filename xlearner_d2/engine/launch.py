@@ -3,6 +3,7 @@
 import argparse
 import functools
 import multiprocessing
+import multiprocessing.synchronize
 import os
 import socket
 import sys
@@ -50,6 +51,7 @@ def start(args: argparse.Namespace) -> None:
 def _launch(cfg: CfgNode, args: argparse.Namespace) -> None:
     if usable_device(cfg) == "cpu":
         os.environ["CUDA_VISIBLE_DEVICES"] = ""  # or Detectron2 would choose the backend of GPUs
+    first = multiprocessing.get_context("spawn").Semaphore(1)  # who has it tells the user why the run ends
     try:
         launch(
             _launched,
@@ -57,15 +59,15 @@ def _launch(cfg: CfgNode, args: argparse.Namespace) -> None:
             num_machines=args.num_machines,
             machine_rank=args.machine_rank,
             dist_url=args.dist_url,
-            args=(args, float(cfg.XLEARNER.TIMEOUT.SILENT)),
+            args=(args, float(cfg.XLEARNER.TIMEOUT.SILENT), first),
             timeout=timedelta(seconds=cfg.XLEARNER.TIMEOUT.STUCK),
         )
     except ProcessRaisedException as error:  # before the workers knew each other
         last = str(error).strip().splitlines()[-1]
         sys.exit(f"error: The workers could not be joined at {args.dist_url}: {last}")
     except ProcessExitedException as error:
-        if error.signal_name is None:  # it has told why
-            sys.exit(error.exit_code)
+        if error.signal_name is None or not first.acquire(block=False):
+            sys.exit(error.exit_code if error.signal_name is None else 1)
         rank = args.machine_rank * args.num_gpus + error.error_index
         who = f"Worker {rank} (process {error.error_pid} on {socket.gethostname()})"
         why = ", perhaps for want of memory" if error.signal_name == "SIGKILL" else ""
@@ -75,10 +77,11 @@ def _launch(cfg: CfgNode, args: argparse.Namespace) -> None:
         )
 
 
-def _launched(args: argparse.Namespace, silence: float) -> None:
+def _launched(args: argparse.Namespace, silence: float, first: multiprocessing.synchronize.Semaphore) -> None:
     """One worker that Detectron2 has started."""
     host = "127.0.0.1" if args.num_machines == 1 else urlsplit(args.dist_url).hostname or socket.gethostname()
-    work(functools.partial(_run, args), host=host, silence=silence, supervised=True)
+    may_tell = functools.partial(first.acquire, block=False)
+    work(functools.partial(_run, args), host=host, silence=silence, may_tell=may_tell)
 
 
 def _start_in_torchrun(args: argparse.Namespace) -> None:
@@ -101,7 +104,7 @@ def _start_in_torchrun(args: argparse.Namespace) -> None:
         functools.partial(_dry_run if args.dry_run else _run, args),
         host=os.environ["MASTER_ADDR"],
         silence=cfg.XLEARNER.TIMEOUT.SILENT,
-        supervised=False,
+        may_tell=lambda: True,
     )
     dist.destroy_process_group()
 

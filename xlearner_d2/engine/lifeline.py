@@ -15,7 +15,6 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from multiprocessing.connection import Connection, wait
-from typing import Any
 
 #: Seconds after which the kernel gives up a machine that does not answer, and after which the start of a run does.
 UNREACHABLE, CONNECTING = 30, 60
@@ -66,7 +65,7 @@ class Lifeline:
             None when the first worker does not answer within ``patience`` seconds.
         """
         ending = Ending(self._rank, "failed", reason[: _LONGEST_MESSAGE // 8])
-        if self._rank == 0 or not self._send(0, "end", **asdict(ending)):
+        if self._rank == 0 or not self._send(0, {"type": "end", **asdict(ending)}):
             self._decide(ending)
         return self.wait(patience)
 
@@ -79,7 +78,7 @@ class Lifeline:
         """Leave without ending the run for the others."""
         with self._lock:
             for rank in list(self._peers):
-                self._send(rank, "bye")
+                self._send(rank, {"type": "bye"})
                 self._drop(rank)
 
     def _watch(self) -> None:
@@ -98,7 +97,7 @@ class Lifeline:
             if now - pulse >= interval:
                 pulse = now
                 for rank in list(self._peers):
-                    self._send(rank, "alive")
+                    self._send(rank, {"type": "alive"})
             for rank in [rank for rank in self._peers if now - heard[rank] > self._silence]:
                 self._decide(Ending(rank, "silent", f"gave no sign of life for {self._silence:g} s"))
 
@@ -124,14 +123,14 @@ class Lifeline:
             self._ending = ending
             if self._rank == 0:
                 for rank in list(self._peers):
-                    self._send(rank, "end", **asdict(ending))
+                    self._send(rank, {"type": "end", **asdict(ending)})
         self._ended.set()
         self._on_end(ending)
 
-    def _send(self, rank: int, kind: str, **content: Any) -> bool:
+    def _send(self, rank: int, message: Mapping[str, object]) -> bool:
         with self._lock:
             try:
-                self._peers[rank].send_bytes(json.dumps({"type": kind, **content}).encode())
+                self._peers[rank].send_bytes(json.dumps(message).encode())
             except (KeyError, OSError):  # its end shows when it is read from
                 return False
             return True

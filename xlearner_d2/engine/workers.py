@@ -20,8 +20,8 @@ from .lifeline import Ending, Lifeline, admit, knock, open_door
 
 logger = logging.getLogger(__name__)
 
-#: Seconds in which the cause of a broken collective operation becomes known, and in which news reach other machines.
-_NEWS, _DELIVERY = 10.0, 1.0
+#: Seconds in which the cause of a broken collective operation becomes known, and in which news reach all workers.
+_NEWS, _DELIVERY = 5.0, 1.0
 
 
 @dataclass(frozen=True)
@@ -60,7 +60,7 @@ def wait_for_all() -> None:
         dist.barrier(group=_patient_group())
 
 
-def work(main: Callable[[], object], *, host: str, silence: float, supervised: bool) -> None:
+def work(main: Callable[[], object], *, host: str, silence: float, may_tell: Callable[[], bool]) -> None:
     """Run ``main`` in one of several workers; when one of them fails, all end, and the cause is shown once.
 
     Call it in every worker, once Detectron2's process groups are there.
@@ -68,7 +68,7 @@ def work(main: Callable[[], object], *, host: str, silence: float, supervised: b
     Args:
         host: of the first worker, as the others reach it.
         silence: seconds without a sign of life after which a worker counts as hung.
-        supervised: whether the process that started this machine's workers tells the user of those that are killed.
+        may_tell: whether nobody else on this machine has told the user yet why the run ends; asked once, before.
 
     Raises:
         SystemExit: with status 1, when ``main`` fails; its error was shown then.
@@ -81,12 +81,15 @@ def work(main: Callable[[], object], *, host: str, silence: float, supervised: b
         Worker(*found) for found in comm.all_gather((comm.get_rank(), machine, socket.gethostname(), os.getpid()))
     ]
     _patient_group()  # all together, while nobody is busy
-    lifeline = _connect(host, silence, functools.partial(_leave, workers, supervised))
+    lifeline = _connect(host, silence, functools.partial(_leave, workers, may_tell))
     try:
         main()
         wait_for_all()
     except Exception as error:
-        _fail(lifeline, workers, error)
+        _fail(lifeline, workers, may_tell, error)
+    except SystemExit:  # a stop that the workers have agreed on
+        lifeline.close()
+        raise
     lifeline.close()
 
 
@@ -108,14 +111,16 @@ def _connect(host: str, silence: float, on_end: Callable[[Ending], None]) -> Lif
     return Lifeline(rank=rank, peers=peers, silence=silence, on_end=on_end)
 
 
-def _fail(lifeline: Lifeline, workers: Sequence[Worker], error: Exception) -> None:
+def _fail(lifeline: Lifeline, workers: Sequence[Worker], may_tell: Callable[[], bool], error: Exception) -> None:
     """End the run for all workers; show the error, unless another worker's came first."""
     own = workers[comm.get_rank()]
     reason = f"failed: {type(error).__name__}: {error}"
+    if "Timed out" in str(error):
+        reason += " (XLEARNER.TIMEOUT.STUCK; another worker did not get on)"
     if _is_consequence(error):
         lifeline.wait(_NEWS)  # ends this process when another one is the cause
     ending = lifeline.report(reason)
-    if ending is None or ending.rank == own.rank:
+    if (ending is None or ending.rank == own.rank) and may_tell():
         if isinstance(error, ConfigError):
             _tell(f"error: {error}")
         else:
@@ -135,18 +140,17 @@ def _is_consequence(error: Exception) -> bool:
     )
 
 
-def _leave(workers: Sequence[Worker], supervised: bool, ending: Ending) -> None:
-    """End this process because of another worker; one worker of each machine says so, unless the user knows."""
+def _leave(workers: Sequence[Worker], may_tell: Callable[[], bool], ending: Ending) -> None:
+    """End this process because of another worker; one worker of each machine says so, unless the cause does."""
     own, cause = workers[comm.get_rank()], workers[ending.rank]
     if cause == own:
         return  # it says so itself
-    here = cause.machine == own.machine
-    known = here and (ending.kind == "failed" or (ending.kind == "gone" and supervised))
+    setting = " (XLEARNER.TIMEOUT.SILENT)" if ending.kind == "silent" else ""
+    known = ending.kind == "failed" and cause.machine == own.machine
     spokesman = min(worker.rank for worker in workers if worker.machine == own.machine and worker != cause)
-    if not known and own.rank == spokesman:
-        _tell(f"error: {cause} {ending.reason}.{_HINT}")
-    # News are on their way to others, and the parent process looks at the first of its workers that ends.
-    time.sleep(2 * _DELIVERY)
+    if not known and own.rank == spokesman and may_tell():
+        _tell(f"error: {cause} {ending.reason}{setting}.{_HINT}")
+    time.sleep(_DELIVERY)
     sys.stdout.flush()
     os._exit(1)  # the main thread may wait in an operation that nothing else ends
 
