@@ -20,6 +20,7 @@ from torch.multiprocessing import ProcessExitedException, ProcessRaisedException
 from ..config import load_config, usable_device
 from ..specs import ConfigError
 from .run import run, validate
+from .scaling import check_timeouts
 from .workers import work
 
 
@@ -91,6 +92,8 @@ def _start_in_torchrun(args: argparse.Namespace) -> None:
         cfg = load_config(args.config_file, args.opts)
         if (args.num_gpus, args.num_machines) != (1, 1):
             raise ConfigError(["torchrun decides the number of workers: leave --num-gpus and --num-machines out."])
+        if problems := check_timeouts(cfg):
+            raise ConfigError(problems)
         on_gpu = _check_devices(cfg, local_size, "--nproc-per-node")
     except ConfigError as error:
         sys.exit(f"error: {error}" if local_rank == 0 else 1)

@@ -18,7 +18,7 @@ from ..modeling.expanded import STAGES as RESNET_STAGES
 from ..modeling.heads import COMPILED_HINT, derive_tasks, has_compiled_operators, head_config
 from ..specs import ConfigError, ProbeSpec, SourceSpec, TaskSpec, nearest, parse_probes, parse_sources
 from .optimizer import OPTIMIZERS
-from .scaling import scale_to_workers
+from .scaling import check_norm, check_timeouts, scale_to_workers
 
 #: What the expand stage leaves in OUTPUT_DIR, and what squeeze starts from.
 EXPANDED_FILE = "expanded.pth"
@@ -137,15 +137,6 @@ def _check_settings(cfg: CfgNode, world_size: int) -> list[str]:
     return problems + check_timeouts(cfg) + _check_squeeze(cfg)
 
 
-def check_timeouts(cfg: CfgNode) -> list[str]:
-    """Problems of the settings that the workers of a run need to find each other."""
-    return [
-        f"XLEARNER.TIMEOUT.{key} is {seconds}, but a number of seconds above 0 is expected."
-        for key, seconds in cfg.XLEARNER.TIMEOUT.items()
-        if not 0 < seconds < float("inf")
-    ]
-
-
 def check_output(plan: Plan, *, resume: bool) -> None:
     """See that a run would overwrite nothing and, if it squeezes alone, that it has a teacher.
 
@@ -253,25 +244,6 @@ def _balance(
     return [replace(source, ims_per_batch=shares[source.name]) for source in sources], {}
 
 
-def _check_norm(cfg: CfgNode, where: str, world_size: int) -> list[str]:
-    """Norm layers that several workers cannot have on CPUs."""
-    if world_size == 1 or cfg.MODEL.DEVICE != "cpu":
-        return []
-    return [
-        f"{where}.{key} is {value!r}, which torch has for GPUs alone: take naiveSyncBN on CPUs."
-        for key, value in _leaves(cfg.MODEL)
-        if key.endswith("NORM") and value in ("SyncBN", "nnSyncBN")
-    ]
-
-
-def _leaves(node: CfgNode, prefix: str = "") -> Iterator[tuple[str, object]]:
-    for key, value in node.items():
-        if isinstance(value, CfgNode):
-            yield from _leaves(value, f"{prefix}{key}.")
-        else:
-            yield f"{prefix}{key}", value
-
-
 def make_plan(cfg: CfgNode, *, world_size: int) -> Plan:
     """Validate a config and its data.
 
@@ -285,7 +257,7 @@ def make_plan(cfg: CfgNode, *, world_size: int) -> Plan:
     cfg = scale_to_workers(cfg, world_size)
     import_modules(cfg.XLEARNER.IMPORTS)
     problems = _check_settings(cfg, world_size)
-    problems += _check_norm(cfg, "MODEL", world_size)
+    problems += check_norm(cfg, "MODEL", world_size)
     sharing = cfg.XLEARNER.SAMPLING.IMS_PER_BATCH != 0  # instead of what each source says
     sources = parse_sources(cfg.XLEARNER.SOURCES, problems, world_size=1 if sharing else world_size)
     probes = parse_probes(cfg.XLEARNER.PROBES, problems)
@@ -306,7 +278,7 @@ def make_plan(cfg: CfgNode, *, world_size: int) -> Plan:
         with _collect(problems):
             problems += _check_head(source, heads[source.name], world_size)
             build_stream(source, heads[source.name], data[source.name].train, seed=0)
-            problems += _check_norm(heads[source.name], f"XLEARNER.SOURCES.{source.name}: MODEL", world_size)
+            problems += check_norm(heads[source.name], f"XLEARNER.SOURCES.{source.name}: MODEL", world_size)
     if problems:
         raise ConfigError(problems)
     tasks = derive_tasks(sources, heads)

@@ -4,6 +4,7 @@ import argparse
 import json
 import logging
 import os
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -80,6 +81,9 @@ def _set_up(plan: Plan, args: argparse.Namespace, description: str) -> None:
     comm.synchronize()
     for name in ("fvcore", "detectron2", "xlearner_d2"):
         setup_logger(folder, distributed_rank=comm.get_rank(), name=name).setLevel(logging.INFO)
+    for handler in logging.getLogger("detectron2").handlers:
+        if getattr(handler, "stream", None) is sys.stdout:  # an error is shown once, where the run ends
+            handler.addFilter(lambda record: not record.exc_info)
     logger.info(f"Command: {args}")
     logger.info(f"Workers: {describe_workers()}.")
     logger.info(f"\n{description}")

@@ -1,4 +1,6 @@
-"""Batches, learning rates and steps for another number of workers than a config was written for."""
+"""What a number of workers asks of a config: batches, learning rates and steps that fit it, and norm layers."""
+
+from collections.abc import Iterator
 
 from detectron2.config import CfgNode
 
@@ -56,3 +58,31 @@ def _scale_solver(solver: CfgNode, scale: float) -> None:
             solver[key] = round(solver[key] / scale)
     if "STEPS" in solver:
         solver.STEPS = tuple(round(step / scale) for step in solver.STEPS)
+
+
+def check_norm(cfg: CfgNode, where: str, world_size: int) -> list[str]:
+    """Norm layers that several workers cannot have on CPUs."""
+    if world_size == 1 or cfg.MODEL.DEVICE != "cpu":
+        return []
+    return [
+        f"{where}.{key} is {value!r}, which torch has for GPUs alone: take naiveSyncBN on CPUs."
+        for key, value in _leaves(cfg.MODEL)
+        if key.endswith("NORM") and value in ("SyncBN", "nnSyncBN")
+    ]
+
+
+def _leaves(node: CfgNode, prefix: str = "") -> Iterator[tuple[str, object]]:
+    for key, value in node.items():
+        if isinstance(value, CfgNode):
+            yield from _leaves(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value
+
+
+def check_timeouts(cfg: CfgNode) -> list[str]:
+    """Problems of the settings that the workers of a run need to find each other."""
+    return [
+        f"XLEARNER.TIMEOUT.{key} is {seconds}, but a number of seconds above 0 is expected."
+        for key, seconds in cfg.XLEARNER.TIMEOUT.items()
+        if not 0 < seconds < float("inf")
+    ]
