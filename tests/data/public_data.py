@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
+import h5py
 import numpy as np
 import pytest
 from PIL import Image
@@ -158,6 +159,18 @@ def write_svhn(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(datasets.SVHN, "split_list", table)
 
 
+def write_pcam(root: Path) -> None:
+    """Six images of noise in each split."""
+    generator = np.random.default_rng(0)
+    arrays = {"images": ("x", (6, 96, 96, 3)), "targets": ("y", (6, 1, 1, 1))}
+    (root / "pcam").mkdir()
+    for files in datasets.PCAM._FILES.values():
+        for key, (name, shape) in arrays.items():
+            with h5py.File(root / "pcam" / files[key][0], "w") as file:
+                labels = np.arange(6).reshape(shape) % 2 if key == "targets" else None
+                file[name] = (generator.integers(0, 256, shape) if labels is None else labels).astype(np.uint8)
+
+
 #: File -> rows of boxes: x, y, width, height, blur, expression, illumination, invalid, occlusion, pose.
 FACES = {
     "0--Parade/a.jpg": ["1 2 3 4 0 0 0 0 0 0", "30 20 20 20 0 0 0 0 0 0", "5 5 2 2 0 0 0 1 0 0"],
@@ -197,5 +210,6 @@ SETS: dict[str, tuple[Writer, dict[str, int]]] = {
         {"train": 100, "val": 100, "trainval": 200, "test": 100},
     ),
     "EuroSAT": (lambda root, patch: write_eurosat(root), {"train": 80, "test": 20}),
+    "PCAM": (lambda root, patch: write_pcam(root), {"train": 6, "val": 6, "test": 6}),
     "GTSRB": (lambda root, patch: write_gtsrb(root), {"train": 86, "test": 43}),
 }

@@ -360,7 +360,7 @@ def test_problems_of_all_sets_come_at_once(tmp_path: Path) -> None:
     [
         ("CIFAR1O", "train", r"DATASET is 'CIFAR1O'\. Did you mean 'CIFAR10'\?"),
         ("WIDERFaces", "train", r"Did you mean 'WIDERFace'\?"),
-        ("PCAM", "train", r"DATASET is 'PCAM'\."),
+        ("MNISTX", "train", r"DATASET is 'MNISTX'\."),
         ("CIFAR10", "trian", r"SPLIT is 'trian', but train, test, or several .*expected\. Did you mean 'train'\?"),
         ("DTD", "train+vall", r"SPLIT is 'train\+vall', but train, val, test, .* Did you mean 'val'\?"),
         ("Food101", "", r"SPLIT is '', but train, test, or several joined by \+"),

@@ -72,6 +72,7 @@ def check_records(name: str, records: Sequence[Record], metadata: Metadata, *, m
     if problems:
         return problems.lines()
     _check_image_ids(records, problems)
+    _check_repeated_files(records, problems)
     _check_categories(records, metadata, problems)
     _check_boxes(records, problems)
     missing = _check_files(name, records, problems)
@@ -125,6 +126,13 @@ def _check_image_ids(records: Sequence[Record], problems: Problems) -> None:
     for key, count in counts.items():
         if count > 1:
             problems.add("repeated image ids", f"image_id {key!r} occurs {count} times, but once is expected.")
+
+
+def _check_repeated_files(records: Sequence[Record], problems: Problems) -> None:
+    """An image that is listed twice has two answers, each of which is an error for the other."""
+    for file, count in Counter(str(record["file_name"]) for record in records).items():
+        if count > 1:
+            problems.add("repeated images", f"{file} is the image of {count} records, but of one is expected.")
 
 
 def _check_categories(records: Sequence[Record], metadata: Metadata, problems: Problems) -> None:

@@ -109,11 +109,11 @@ def draw_predictions(
             raise ValueError(
                 f"An output has only {', '.join(output) or 'nothing'}, but one of {', '.join(KINDS)} is drawn."
             )
-    metadata = _with_colours(metadata)
+    metadata = with_colours(metadata)
     cells = []
     for record, output in zip(records, outputs, strict=True):
         image = utils.read_image(record["file_name"], format="RGB")
-        transform = _resize(image, cell_size)
+        transform = resize_to(image, cell_size)
         image = transform.apply_image(image)
         left, right = Visualizer(image, metadata), Visualizer(image, metadata)
         _draw_truth(left, record, output, transform)
@@ -123,7 +123,7 @@ def draw_predictions(
     _compose(cells, pairs_per_row=1 if len(records) == 1 else 2).save(output_file)
 
 
-def _resize(image: np.ndarray, cell_size: int) -> ResizeTransform:
+def resize_to(image: np.ndarray, cell_size: int) -> ResizeTransform:
     height, width = image.shape[:2]
     scale = cell_size / max(height, width)
     return ResizeTransform(
@@ -131,7 +131,7 @@ def _resize(image: np.ndarray, cell_size: int) -> ResizeTransform:
     )
 
 
-def _with_colours(metadata: Metadata) -> Metadata:
+def with_colours(metadata: Metadata) -> Metadata:
     """A copy in which every class has a fixed colour, so that both sides of a pair agree."""
     result = Metadata(**metadata.as_dict())
     palette = colormap(rgb=True, maximum=255).astype(int)
@@ -144,7 +144,7 @@ def _with_colours(metadata: Metadata) -> Metadata:
     return result
 
 
-def _overlay(visualizer: Visualizer, classes: Sequence[int], *, scores: Sequence[float] | None, **shapes: Any) -> None:
+def overlay(visualizer: Visualizer, classes: Sequence[int], *, scores: Sequence[float] | None, **shapes: Any) -> None:
     names, colours = visualizer.metadata.get("thing_classes", ()), visualizer.metadata.thing_colors
     labels = [names[index] if index < len(names) else str(index) for index in classes]
     if scores is not None:
@@ -167,7 +167,7 @@ def _draw_truth(visualizer: Visualizer, record: Record, output: Mapping[str, Any
         _caption(visualizer, [(_name(names, label), _WHITE) for label in image_labels(record)[:_MOST_LABELS]])
     if "sem_seg" in output and "sem_seg_file_name" in record:
         labels = utils.read_image(record["sem_seg_file_name"]).astype(np.uint8)
-        _draw_labels(visualizer, transform.apply_segmentation(labels))
+        draw_labels(visualizer, transform.apply_segmentation(labels))
     if "instances" in output:
         size = (transform.new_h, transform.new_w)
         change = functools.partial(
@@ -179,7 +179,7 @@ def _draw_truth(visualizer: Visualizer, record: Record, output: Mapping[str, Any
             and output["instances"].has("pred_masks")
             and all(i.get("segmentation") is not None for i in items)
         )
-        _overlay(
+        overlay(
             visualizer,
             [item["category_id"] for item in items],
             scores=None,
@@ -188,7 +188,7 @@ def _draw_truth(visualizer: Visualizer, record: Record, output: Mapping[str, Any
         )
     if "scores" in output and "category_id" in record:
         names = visualizer.metadata.get("classes", ())
-        _caption(visualizer, [(_name(names, record["category_id"]), _WHITE)])
+        draw_caption(visualizer, [(_name(names, record["category_id"]), _WHITE)])
 
 
 def _draw_output(
@@ -207,7 +207,7 @@ def _draw_output(
     if "sem_seg" in output:
         logits = output["sem_seg"].detach().float().cpu()[None]
         logits = F.interpolate(logits, size=(height, width), mode="bilinear", align_corners=False)
-        _draw_labels(visualizer, logits[0].argmax(dim=0).numpy())
+        draw_labels(visualizer, logits[0].argmax(dim=0).numpy())
     if "instances" in output:
         instances = _best(output["instances"].to("cpu"), score_threshold, max_fallback)
         boxes = instances.pred_boxes.tensor.detach().clone()
@@ -219,9 +219,9 @@ def _draw_output(
                 [mask[0].numpy() for mask in F.interpolate(small, size=(height, width)).byte()] if len(small) else []
             )
         classes, scores = instances.pred_classes.tolist(), instances.scores.tolist()
-        _overlay(visualizer, classes, scores=scores, boxes=boxes.numpy(), masks=masks)
+        overlay(visualizer, classes, scores=scores, boxes=boxes.numpy(), masks=masks)
     if "scores" in output:
-        _caption(visualizer, _guesses(output["scores"], record, visualizer.metadata.get("classes", ())))
+        draw_caption(visualizer, _guesses(output["scores"], record, visualizer.metadata.get("classes", ())))
 
 
 def _enlarge(values: torch.Tensor, height: int, width: int) -> np.ndarray:
@@ -258,7 +258,7 @@ def _best(instances: Instances, score_threshold: float, max_fallback: int) -> In
     return above if len(above) else instances[instances.scores.argsort(descending=True)[:max_fallback]]
 
 
-def _draw_labels(visualizer: Visualizer, labels: np.ndarray) -> None:
+def draw_labels(visualizer: Visualizer, labels: np.ndarray) -> None:
     visualizer.draw_sem_seg(labels, area_threshold=0, alpha=0.55)
 
 
@@ -279,7 +279,7 @@ def _guesses(scores: torch.Tensor, record: Record, names: Sequence[str]) -> list
     return lines
 
 
-def _caption(visualizer: Visualizer, lines: Sequence[Line]) -> None:
+def draw_caption(visualizer: Visualizer, lines: Sequence[Line]) -> None:
     """Lines of text from the top left corner downwards."""
     height = visualizer.img.shape[0]
     size = max(visualizer._default_font_size, 14)

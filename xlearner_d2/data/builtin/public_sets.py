@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from torchvision.datasets import CIFAR10, CIFAR100, SVHN
+from torchvision.datasets import CIFAR10, CIFAR100, PCAM, SVHN
 
 from .class_splits import Rule, Sample
 from .torchvision_files import Part
@@ -44,6 +44,7 @@ def public_sets() -> dict[str, PublicSet]:
     return {
         **{name: PublicSet(num_classes=count, parts=_cifar_parts(cls)) for name, count, cls in _CIFAR},
         "SVHN": PublicSet(num_classes=10, parts=_svhn_parts(), classes=tuple(map(str, range(10)))),
+        "PCAM": PublicSet(num_classes=2, parts=_pcam_parts(), classes=("no tumor tissue", "tumor tissue")),
         "OxfordIIITPet": PublicSet(num_classes=37, parts=_PETS, list_images=_list_pets),
         "GTSRB": PublicSet(num_classes=43, parts=_GTSRB, list_images=_list_gtsrb, classes=_SIGNS),
         "Caltech101": PublicSet(num_classes=101, parts=_CALTECH, list_images=_list_caltech, rule=_caltech_rule),
@@ -125,6 +126,13 @@ def _svhn_parts() -> dict[str, Part]:
     return {
         split: Part(needs=(name,), options={"split": split}, checksums={name: md5})
         for split, (_, name, md5) in SVHN.split_list.items()
+    }
+
+
+def _pcam_parts() -> dict[str, Part]:
+    return {
+        split: Part(needs=tuple(f"pcam/{name}" for name, *_ in files.values()), options={"split": split})
+        for split, files in PCAM._FILES.items()
     }
 
 

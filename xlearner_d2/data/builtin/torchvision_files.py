@@ -22,6 +22,7 @@ _SHOWN = 4
 _NOTES = {
     "StanfordCars": "torchvision can download this set no more, as its site is gone: unpack a copy of its archives.",
     "WIDERFace": "The download needs the package gdown.",
+    "PCAM": "The download needs the package gdown, and reading it h5py.",
 }
 
 
