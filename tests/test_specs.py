@@ -143,7 +143,7 @@ def test_all_problems_of_all_records_at_once() -> None:
 @pytest.mark.parametrize("kind", DATASET_KEYS)
 def test_data_set_of_each_format(kind: str) -> None:
     required, optional = DATASET_KEYS[kind]
-    values = {"CLASSES": ["a"], "COLUMNS": [0, "b"], "YEAR": 2007, "IGNORE_VALUE": 0}
+    values = {"CLASSES": ["a"], "COLUMNS": [0, "b"], "YEAR": 2007, "IGNORE_VALUE": 0, "SCALE": 1.0}
     values |= {"REDUCE_ZERO_LABEL": True, "MULTI_LABEL": False}
     record = {"FORMAT": kind, **{key: values.get(key, "x") for key in required | optional}}
     (found,), problems = datasets({"mine": record})
@@ -166,8 +166,8 @@ def test_data_set_dropped_with_null() -> None:
         ({"FORMAT": "cocoo"}, "XLEARNER.DATASETS.mine.FORMAT is 'cocoo'. Did you mean 'coco'?"),
         (
             {"FORMAT": "zip"},
-            "XLEARNER.DATASETS.mine.FORMAT is 'zip'. Known: coco, coco_panoptic, image_folder, image_list, lvis, "
-            "sem_seg, torchvision, voc, webdataset.",
+            "XLEARNER.DATASETS.mine.FORMAT is 'zip'. Known: coco, coco_panoptic, depth, image_folder, image_list, "
+            "lvis, sem_seg, torchvision, voc, webdataset.",
         ),
         ({"IMAGE": "x"}, "XLEARNER.DATASETS.mine has the unknown key 'IMAGE'. Did you mean 'IMAGES'?"),
         ({"IMAGES": 3}, "XLEARNER.DATASETS.mine.IMAGES is 3, but a string is expected."),

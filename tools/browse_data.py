@@ -18,7 +18,7 @@ from xlearner_d2 import load_config
 from xlearner_d2.data.loader import build_joint_train_loader
 from xlearner_d2.data.mappers import build_mapper
 from xlearner_d2.engine.plan import Plan, make_plan
-from xlearner_d2.report.browse import describe_sizes, draw_sheet
+from xlearner_d2.report.browse import describe_sizes, draw_sheet, panoptic_names
 from xlearner_d2.specs import ConfigError, SourceSpec, nearest
 
 Record = dict[str, Any]
@@ -106,7 +106,10 @@ def main(args: argparse.Namespace) -> None:
             title = f"{stem}, {args.split}: {describe_sizes(found)}"
             file = Path(args.output) / f"{stem}_{args.split}.png"
             image_format = plan.heads[source.name].INPUT.FORMAT
-            draw_sheet(found, MetadataCatalog.get(name), output_file=file, title=title, image_format=image_format)
+            metadata = MetadataCatalog.get(name)
+            if plan.heads[source.name].MODEL.META_ARCHITECTURE == "PanopticFPN":
+                metadata = panoptic_names(metadata)
+            draw_sheet(found, metadata, output_file=file, title=title, image_format=image_format)
             print(f"{file}: {len(found)} {describe_sizes(found)}", flush=True)
 
 

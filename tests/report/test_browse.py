@@ -15,7 +15,7 @@ from detectron2.structures import BitMasks, Boxes, Instances, Keypoints, Polygon
 from disk_data import write_data
 from PIL import Image
 
-from xlearner_d2.report.browse import describe_sizes, draw_sheet
+from xlearner_d2.report.browse import describe_sizes, draw_sheet, panoptic_names
 from xlearner_d2.specs import ConfigError
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -101,6 +101,23 @@ def test_classes_are_written(labels: dict[str, Any], tmp_path: Path) -> None:
     plain = sheet([record()], tmp_path)
     written = bool(labels.get("category_ids", True))
     assert bool((sheet([record(**labels)], tmp_path) != plain).any()) == written
+
+
+def test_near_is_brighter_and_unknown_depth_shows_the_image(tmp_path: Path) -> None:
+    depth = torch.zeros(32, 48)
+    depth[:, 16:32], depth[:, 32:] = 1, 50
+    picture = sheet([record(BLUE, depth=depth)], tmp_path)[40:-10]
+    unknown, near, far = (picture[:, (2 * part + 1) * picture.shape[1] // 6] for part in range(3))
+    assert share(unknown[None], BLUE) > 0.9
+    assert near.mean() > far.mean() + 50
+
+
+def test_names_of_a_panoptic_fpn() -> None:
+    names = ["dog", "sky", "cat"]
+    maps = {"thing_dataset_id_to_contiguous_id": {2: 0, 9: 2}, "stuff_dataset_id_to_contiguous_id": {4: 1}}
+    found = panoptic_names(Metadata(name="p", thing_classes=names, stuff_classes=names, **maps))
+    assert (found.thing_classes, found.stuff_classes) == (["dog", "cat"], ["things", "sky"])
+    assert panoptic_names(META) is META
 
 
 def test_sizes_in_words() -> None:

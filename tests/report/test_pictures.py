@@ -93,7 +93,7 @@ def test_ground_truth_and_equal_prediction_look_alike(record, tmp_path, has_mask
 @pytest.mark.parametrize("scale", [1, 5])
 def test_predictions_follow_the_size_of_the_picture(record, scale):
     canvas = np.zeros((HEIGHT * scale, WIDTH * scale, 3))
-    visualizer = Visualizer(canvas, pictures._with_colours(Metadata(**METADATA)))
+    visualizer = Visualizer(canvas, pictures.with_colours(Metadata(**METADATA)))
     output = _instances([1.0], masks=True)
     output.pred_masks[:] = False
     output.pred_masks[0, 4:24, 4:20] = True
@@ -119,10 +119,10 @@ def test_captions_name_the_best_guesses(scores):
 
 
 def test_colours_are_fixed_and_given_ones_are_kept():
-    first, second = (pictures._with_colours(Metadata(**METADATA)) for _ in range(2))
+    first, second = (pictures.with_colours(Metadata(**METADATA)) for _ in range(2))
     assert first.thing_colors == second.thing_colors
     assert len(first.stuff_colors) == 2
-    given = pictures._with_colours(Metadata(thing_colors=[[1, 2, 3], [4, 5, 6]], **METADATA))
+    given = pictures.with_colours(Metadata(thing_colors=[[1, 2, 3], [4, 5, 6]], **METADATA))
     assert given.thing_colors == [[1, 2, 3], [4, 5, 6]]
 
 
@@ -175,6 +175,6 @@ def test_nothing_that_can_be_drawn(record, tmp_path):
 
 
 def test_unknown_class_is_shown_by_number(record):
-    visualizer = Visualizer(np.zeros((64, 64, 3)), pictures._with_colours(Metadata(thing_classes=["cat"])))
-    pictures._overlay(visualizer, [5], scores=[0.5], boxes=np.array([[1.0, 1.0, 60.0, 60.0]]))
+    visualizer = Visualizer(np.zeros((64, 64, 3)), pictures.with_colours(Metadata(thing_classes=["cat"])))
+    pictures.overlay(visualizer, [5], scores=[0.5], boxes=np.array([[1.0, 1.0, 60.0, 60.0]]))
     assert visualizer.output.ax.texts[0].get_text() == "5 50%"

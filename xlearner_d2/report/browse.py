@@ -12,7 +12,8 @@ from detectron2.utils.visualizer import Visualizer
 from PIL import Image, ImageDraw, ImageFont
 from torch.nn import functional as F
 
-from .pictures import draw_caption, draw_labels, overlay, resize_to, with_colours
+from ..labels import PanopticLabels
+from .pictures import draw_caption, draw_depth, draw_labels, overlay, resize_to, with_colours
 
 Record = Mapping[str, Any]
 _WHITE = (1.0, 1.0, 1.0)
@@ -33,7 +34,7 @@ def draw_sheet(
 
     Args:
         records: as mappers give them to a model, with ``image`` [3, H, W] and any of ``instances``, ``sem_seg``,
-            ``category_id`` and ``category_ids``.
+            ``depth``, ``category_id`` and ``category_ids``.
         metadata: names and, if it has them, colours of the classes.
         output_file: its folder is created.
         title: a line above the images.
@@ -49,6 +50,17 @@ def draw_sheet(
     cells = [_draw(record, metadata, image_format=image_format, cell_size=cell_size) for record in records]
     Path(output_file).parent.mkdir(parents=True, exist_ok=True)
     _compose(cells, title=title, columns=min(columns, len(cells))).save(output_file)
+
+
+def panoptic_names(metadata: Metadata) -> Metadata:
+    """The metadata with the names of things and stuff as Detectron2's PanopticFPN numbers them in mapped records."""
+    labels = PanopticLabels.of(metadata)
+    if labels is None:
+        return metadata
+    found = {key: value for key, value in metadata.as_dict().items() if not key.startswith(("thing_", "stuff_"))}
+    stuff = ["things", *(metadata.stuff_classes[number] for number in labels.stuff)]
+    things = [metadata.thing_classes[number] for number in labels.things]
+    return Metadata(**found, thing_classes=things, stuff_classes=stuff)
 
 
 def describe_sizes(records: Sequence[Record]) -> str:
@@ -76,6 +88,8 @@ def _draw(record: Record, metadata: Metadata, *, image_format: str, cell_size: i
     if "sem_seg" in record:
         labels = record["sem_seg"].numpy().astype(np.uint8)
         draw_labels(visualizer, transform.apply_segmentation(labels))
+    if "depth" in record:
+        draw_depth(visualizer, transform.apply_segmentation(record["depth"].numpy()))
     if "instances" in record:
         _draw_instances(visualizer, record["instances"], scale=transform.new_w / image.shape[1])
     names = metadata.get("classes", ()) or metadata.get("thing_classes", ())

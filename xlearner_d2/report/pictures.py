@@ -161,10 +161,10 @@ def _draw_truth(visualizer: Visualizer, record: Record, output: Mapping[str, Any
         return
     if "depth" in output and "depth_file_name" in record:
         depth = read_depth(record["depth_file_name"], scale=record["depth_scale"])
-        _draw_depth(visualizer, transform.apply_segmentation(depth))
+        draw_depth(visualizer, transform.apply_segmentation(depth))
     if "label_scores" in output:
         names = visualizer.metadata.get("classes", ()) or visualizer.metadata.get("thing_classes", ())
-        _caption(visualizer, [(_name(names, label), _WHITE) for label in image_labels(record)[:_MOST_LABELS]])
+        draw_caption(visualizer, [(_name(names, label), _WHITE) for label in image_labels(record)[:_MOST_LABELS]])
     if "sem_seg" in output and "sem_seg_file_name" in record:
         labels = utils.read_image(record["sem_seg_file_name"]).astype(np.uint8)
         draw_labels(visualizer, transform.apply_segmentation(labels))
@@ -200,10 +200,10 @@ def _draw_output(
         _draw_panoptic(visualizer, _enlarge(segments, height, width), infos)
         return
     if "depth" in output:
-        _draw_depth(visualizer, _enlarge(output["depth"], height, width))
+        draw_depth(visualizer, _enlarge(output["depth"], height, width))
     if "label_scores" in output:
         names = visualizer.metadata.get("classes", ()) or visualizer.metadata.get("thing_classes", ())
-        _caption(visualizer, _likely_labels(output["label_scores"], image_labels(record), names))
+        draw_caption(visualizer, _likely_labels(output["label_scores"], image_labels(record), names))
     if "sem_seg" in output:
         logits = output["sem_seg"].detach().float().cpu()[None]
         logits = F.interpolate(logits, size=(height, width), mode="bilinear", align_corners=False)
@@ -234,7 +234,7 @@ def _draw_panoptic(visualizer: Visualizer, segments: np.ndarray, infos: Sequence
     visualizer.draw_panoptic_seg(torch.as_tensor(segments.astype(np.int64)), shown, area_threshold=0, alpha=0.55)
 
 
-def _draw_depth(visualizer: Visualizer, depth: np.ndarray) -> None:
+def draw_depth(visualizer: Visualizer, depth: np.ndarray) -> None:
     """Near is bright; where nothing is known, the image stays."""
     known = depth > 0
     inverse = np.divide(1, depth, where=known, out=np.zeros_like(depth))
