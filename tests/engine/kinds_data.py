@@ -8,10 +8,11 @@ from typing import Any
 import numpy as np
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.data.datasets import register_coco_panoptic
-from disk_data import COUNT, NAMES, SIZE, draw, save
+from disk_data import NAMES, SIZE, draw, save
 
 from xlearner_d2.extensions import id2rgb
 
+COUNT = 4
 STUFF = ("sea", "sky")
 
 

@@ -36,6 +36,9 @@ def expected_memory(plan: Plan, model: XLearner) -> float:
             images = _images(plan, source)
             kept, losses = _kept_bytes(model, source.name, images)
             learning |= _leaves_of(losses)
+        except ConfigError as error:
+            problems += [f"XLEARNER.SOURCES.{source.name}: {problem}" for problem in error.problems]
+            continue
         except Exception as error:  # whatever a third party's head raises
             problems.append(f"XLEARNER.SOURCES.{source.name}: a trial step with {source.config} failed: {error!r}")
             continue

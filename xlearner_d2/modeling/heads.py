@@ -1,6 +1,7 @@
 """Any Detectron2 config is a head: its model is built, and its ResNet is replaced by a view of the task's branch."""
 
 import importlib.util
+import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ from detectron2.config import CfgNode, get_cfg
 from detectron2.data import MetadataCatalog
 from detectron2.modeling import Backbone, build_model
 from detectron2.modeling.backbone.resnet import ResNet
+from detectron2.utils.logger import log_first_n
 from torch import nn
 
 from ..config import add_head_config, check_config_file
@@ -111,7 +113,7 @@ def head_config(source: SourceSpec, cfg: CfgNode, *, where: str = "") -> CfgNode
     try:
         add_imported_configs(head, cfg.XLEARNER.IMPORTS)
         head.merge_from_file(path, allow_unsafe=True)  # checked above
-        _follow(head, cfg)
+        _follow(head, cfg, f"{where} ({source.config})")
         _set_classes(head, source, where)
         head.merge_from_list(list(source.opts))
         _check_supported(head, f"{where} ({source.config})")
@@ -129,8 +131,12 @@ def _words(error: Exception, where: str, source: SourceSpec) -> str:
     return f"{where} ({source.config}): {text}{hint and '.'}{hint}"
 
 
-def _follow(head: CfgNode, cfg: CfgNode) -> None:
+def _follow(head: CfgNode, cfg: CfgNode, where: str) -> None:
     """Copy what is one setting for all sources."""
+    if any(head.MODEL.RESNETS.DEFORM_ON_PER_STAGE) and not any(cfg.MODEL.RESNETS.DEFORM_ON_PER_STAGE):
+        text = "its deformable convolutions belong to the ResNet that a branch replaces"
+        wish = "set MODEL.RESNETS.DEFORM_ON_PER_STAGE in the project's own config for branches that have them"
+        log_first_n(logging.WARNING, f"{where}: {text}; {wish}.", key="message")
     for key in ARCHITECTURE_KEYS:
         head.MODEL.RESNETS[key] = cfg.MODEL.RESNETS[key]
     head.MODEL.PIXEL_MEAN, head.MODEL.PIXEL_STD = cfg.MODEL.PIXEL_MEAN, cfg.MODEL.PIXEL_STD
@@ -149,6 +155,8 @@ def _set_classes(head: CfgNode, source: SourceSpec, where: str) -> None:
     for name, settings in CLASS_COUNTS.items():
         if name in metadata.as_dict():
             head.merge_from_list([item for key in settings for item in (key, len(metadata.get(name)))])
+    if metadata.get("evaluator_type", None) == "multi_label":
+        head.MODEL.CLASSIFIER.MULTI_LABEL = True
     if "classes" not in metadata.as_dict():  # a detection set, for multi-label classification
         head.MODEL.CLASSIFIER.NUM_CLASSES = len(metadata.get("thing_classes", ()))
     head.MODEL.SEM_SEG_HEAD.IGNORE_VALUE = metadata.get("ignore_label", head.MODEL.SEM_SEG_HEAD.IGNORE_VALUE)
@@ -276,7 +284,7 @@ def build_head(source: SourceSpec, head: CfgNode, backbone: ExpandedBackbone) ->
     """
     try:
         model = build_model(head)
-    except (AssertionError, KeyError, ValueError, ImportError) as error:
+    except Exception as error:  # whatever a third party's model raises
         hint = f" {_IMPORT_HINT}" if "No object named" in str(error) else ""
         message = f"XLEARNER.SOURCES.{source.name}: the model of {source.config} cannot be built: {error!r}.{hint}"
         raise ConfigError([message]) from error
