@@ -37,6 +37,7 @@ ALLOWED: dict[str, set[str]] = {
     "modeling.depth": set(),
     "modeling.adapt": {"labels"},
     "modeling.heads": {"specs", "config", "extensions", "labels", "modeling.expanded", "modeling.adapt"},
+    "modeling.weighting": set(),
     "modeling.xlearner": {"specs", "modeling.expanded", "modeling.heads"},
     "modeling.distill": {"modeling.expanded", "modeling.xlearner"},
     "modeling.plug_in": {"specs", "config", "checkpoint.load", "modeling.expanded"},

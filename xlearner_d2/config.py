@@ -56,6 +56,15 @@ def add_xlearner_config(cfg: CfgNode) -> None:
     # file system that hangs; also for all to start. Evaluation, checkpoints and export may take longer.
     t.STUCK = 1800.0
 
+    x.WEIGHTING = w = CfgNode()
+    # How the losses of sources are weighed: fixed (LOSS_WEIGHT), uncertainty (a learned variance for each source,
+    # Kendall et al. 2018), dwa (sources whose loss falls slowly count more, Liu et al. 2019). All start as LOSS_WEIGHT.
+    w.METHOD = "fixed"
+    # dwa: larger ones weigh more evenly.
+    w.TEMPERATURE = 2.0
+    # dwa: steps over which losses are averaged before they are compared.
+    w.WINDOW = 100
+
     x.RECONCILIATION = r = CfgNode()
     # Stages of a branch that receive features of the other branches.
     r.STAGES = ["res2", "res3", "res4"]

@@ -9,6 +9,8 @@ from detectron2.solver import get_default_optimizer_params
 from torch import Tensor, nn
 
 OPTIMIZERS = ("SGD", "AdamW")
+#: By a parameter's own name: what holds for it instead. Decay would draw the weights of losses towards their start.
+OVERRIDES = {"log_variance": {"weight_decay": 0.0}}
 
 
 def make_optimizer(cfg: CfgNode, model: nn.Module) -> torch.optim.Optimizer:
@@ -25,6 +27,7 @@ def make_optimizer(cfg: CfgNode, model: nn.Module) -> torch.optim.Optimizer:
         weight_decay_norm=solver.WEIGHT_DECAY_NORM,
         bias_lr_factor=solver.BIAS_LR_FACTOR,
         weight_decay_bias=solver.WEIGHT_DECAY_BIAS,
+        overrides=OVERRIDES,
     )
     optimizer: torch.optim.Optimizer
     if solver.OPTIMIZER == "SGD":

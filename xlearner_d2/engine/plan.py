@@ -16,6 +16,7 @@ from ..extensions import import_modules
 from ..modeling.distill import DISTANCES, NORMALISERS
 from ..modeling.expanded import STAGES as RESNET_STAGES
 from ..modeling.heads import COMPILED_HINT, derive_tasks, has_compiled_operators, head_config
+from ..modeling.weighting import METHODS
 from ..specs import ConfigError, ProbeSpec, SourceSpec, TaskSpec, nearest, parse_probes, parse_sources
 from .optimizer import OPTIMIZERS
 from .scaling import check_norm, check_timeouts, scale_to_workers
@@ -116,6 +117,20 @@ def _check_sampling(cfg: CfgNode, world_size: int) -> list[str]:
         problems.append(f"XLEARNER.SAMPLING.IMS_PER_BATCH is {sampling.IMS_PER_BATCH}, but {wish} is expected.")
     if not sampling.TEMPERATURE > 0:
         problems.append(f"XLEARNER.SAMPLING.TEMPERATURE is {sampling.TEMPERATURE}, but a positive number is expected.")
+    return problems
+
+
+def _check_weighting(cfg: CfgNode, turns: Mapping[str, int]) -> list[str]:
+    weighting = cfg.XLEARNER.WEIGHTING
+    problems = _one_of("WEIGHTING.METHOD", weighting.METHOD, ("fixed", *METHODS))
+    if not weighting.TEMPERATURE > 0:
+        got = f"XLEARNER.WEIGHTING.TEMPERATURE is {weighting.TEMPERATURE}"
+        problems.append(f"{got}, but a positive number is expected.")
+    least = sum(turns.values()) or 1
+    if least > weighting.WINDOW:
+        round_ = ", a round of alternating steps," if least > 1 else ""
+        got = f"XLEARNER.WEIGHTING.WINDOW is {weighting.WINDOW}"
+        problems.append(f"{got}, but a number of at least {least}{round_} is expected.")
     return problems
 
 
@@ -274,6 +289,7 @@ def make_plan(cfg: CfgNode, *, world_size: int) -> Plan:
     if problems:
         raise ConfigError(problems)
     sources, turns = _balance(cfg, sources, data, world_size)
+    problems += _check_weighting(cfg, turns)
     for source in sources:
         with _collect(problems):
             problems += _check_head(source, heads[source.name], world_size)

@@ -23,9 +23,10 @@ from ..data.loader import start_at
 from ..modeling import XLearner
 from ..modeling.distill import Distiller, matched_stages
 from ..modeling.expanded import TRUNK, build_branch
+from ..modeling.weighting import weights_of
 from .optimizer import make_optimizer
 from .plan import STUDENT_FILE, Plan, expanded_file, squeeze_config, student_config
-from .trainer import StepSeed, build_loader, build_step_trainer, common_hooks, resume, share_norm_statistics
+from .trainer import StepSeed, build_loader, build_step_trainer, common_hooks, resume, share_norm_statistics, weigh
 from .workers import wait_for_all
 
 logger = logging.getLogger(__name__)
@@ -65,8 +66,12 @@ class SqueezeHook(HookBase):
 
     @property
     def distiller(self) -> Distiller:
-        model = self.inner.model
-        return getattr(model, "module", model)
+        return getattr(self._weighed, "model", self._weighed)
+
+    @property
+    def _weighed(self) -> Any:
+        """The distiller, or what weighs its losses."""
+        return getattr(self.inner.model, "module", self.inner.model)
 
     def after_step(self) -> None:
         self.inner.iter = self.trainer.iter
@@ -87,12 +92,20 @@ class SqueezeHook(HookBase):
     def state_dict(self) -> dict[str, Any]:
         trainer = self.inner.state_dict()
         trainer.pop("iteration")
-        return {"distiller": self.distiller.state_dict(), "scheduler": self.scheduler.state_dict(), **trainer}
+        weights = {name: of.state_dict() for name, of in weights_of(self._weighed).items()}
+        return {
+            "distiller": self.distiller.state_dict(),
+            "scheduler": self.scheduler.state_dict(),
+            "weights": weights,
+            **trainer,
+        }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         load_strictly(self.distiller, state["distiller"], path="the squeeze stage's checkpoint")
         self.scheduler.load_state_dict(state["scheduler"])
-        trainer = {key: value for key, value in state.items() if key not in ("distiller", "scheduler")}
+        for name, of in weights_of(self._weighed).items():
+            of.load_state_dict(state["weights"][name])
+        trainer = {key: value for key, value in state.items() if key not in ("distiller", "scheduler", "weights")}
         self.inner.load_state_dict({"iteration": 0, **trainer})
 
 
@@ -206,7 +219,8 @@ def build_squeeze_hook(
     )
     if learner is None:
         freeze_unmatched(distiller)
-    optimizer = make_optimizer(cfg, distiller)
+    weighed = weigh(plan, distiller) if learner else distiller
+    optimizer = make_optimizer(cfg, weighed)
     path = Path(cfg.OUTPUT_DIR) / STUDENT_FILE
 
     def export(student: nn.Module) -> None:
@@ -215,7 +229,7 @@ def build_squeeze_hook(
 
     return SqueezeHook(
         scope=scope,
-        trainer=build_step_trainer(cfg, distiller, batches, optimizer),
+        trainer=build_step_trainer(cfg, weighed, batches, optimizer),
         scheduler=build_lr_scheduler(cfg, optimizer),
         recalibration=build_loader(plan, seed_offset=1),
         recalibration_batches=squeeze.BN_RECALIBRATION_BATCHES,

@@ -22,6 +22,7 @@ from ..checkpoint.load import load_resnet, load_strictly, read_checkpoint
 from ..checkpoint.training import TrainingCheckpointer
 from ..data.loader import build_joint_train_loader, start_at
 from ..modeling import XLearner
+from ..modeling.weighting import weigh_losses, weights_of
 from .evaluate import SourceResults, evaluate_sources
 from .optimizer import make_optimizer
 from .plan import EXPANDED_FILE, Plan
@@ -98,6 +99,18 @@ def build_step_trainer(cfg: CfgNode, model: nn.Module, loader: Any, optimizer: t
     return kind(distributed(model, alternating=alternating), loader, optimizer)
 
 
+def weigh(plan: Plan, model: nn.Module) -> nn.Module:
+    """The model with the weights of its sources' losses as ``XLEARNER.WEIGHTING`` says; itself when they are fixed."""
+    options = plan.cfg.XLEARNER.WEIGHTING
+    return weigh_losses(
+        model,
+        options.METHOD,
+        {source.name: source.loss_weight for source in plan.sources},
+        temperature=options.TEMPERATURE,
+        window=options.WINDOW,
+    )
+
+
 def build_loader(plan: Plan, *, seed_offset: int = 0) -> DataLoader[Any]:
     """The joint training loader of a plan, from its first step."""
     return build_joint_train_loader(
@@ -162,13 +175,14 @@ def expand(plan: Plan, *, resume_run: bool) -> XLearner:
     initialise_branches(model, cfg.MODEL.WEIGHTS)
     loader = build_loader(plan)
     latest = LatestBatch(loader)
-    optimizer = make_optimizer(cfg, model)
+    weighed = weigh(plan, model)
+    optimizer = make_optimizer(cfg, weighed)
 
     def evaluate() -> SourceResults:
         share_norm_statistics(model)
         return evaluate_sources(model, plan)
 
-    trainer = build_step_trainer(cfg, model, latest, optimizer)
+    trainer = build_step_trainer(cfg, weighed, latest, optimizer)
     trainer.register_hooks(
         [
             StepSeed(max(cfg.SEED, 0)),  # first: everything after it may draw random numbers
@@ -178,7 +192,7 @@ def expand(plan: Plan, *, resume_run: bool) -> XLearner:
             hooks.EvalHook(cfg.TEST.EVAL_PERIOD, evaluate, eval_after_train=False),
         ]
     )
-    checkpointer = TrainingCheckpointer(model, str(folder), trainer=trainer)
+    checkpointer = TrainingCheckpointer(model, str(folder), trainer=trainer, **weights_of(weighed))
     trainer.register_hooks(common_hooks(cfg, checkpointer, folder, max_iter=cfg.SOLVER.MAX_ITER))
     start = resume(trainer, checkpointer, wanted=resume_run)
     start_at(loader, start)
