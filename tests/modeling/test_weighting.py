@@ -123,6 +123,7 @@ def run_dwa(model, losses):
     for a, b in losses:
         model.model.losses = {"a": a, "b": b}
         losses_now = forward(model)
+        sum(losses_now.values()).backward()
         found.append((float(losses_now["a/loss_x"]) / (2 / 3 * a), float(losses_now["b/loss_x"]) / (0.5 * b)))
     return found
 

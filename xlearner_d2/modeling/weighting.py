@@ -102,7 +102,8 @@ class AverageWeights(nn.Module):
 
     def forward(self, losses: Losses, source: str) -> Losses:
         """The weighted losses of one source."""
-        return {name: self.current[self.names.index(source)] * loss for name, loss in losses.items()}
+        factor = self.current[self.names.index(source)].clone()  # a window may end before the backward pass
+        return {name: factor * loss for name, loss in losses.items()}
 
     def factors(self) -> dict[str, float]:
         """By source, what its losses are multiplied by at present."""
