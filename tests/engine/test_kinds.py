@@ -1,12 +1,17 @@
 """Every kind of supervision through a whole run: checked, trained, evaluated, compared, drawn, squeezed."""
 
 import json
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 from conftest import Project
+from detectron2.data import DatasetCatalog, MetadataCatalog
 from disk_data import SIZE
 from kinds_data import register_panoptic, write_kinds
+
+from xlearner_d2.specs import ConfigError
 
 NARROW = ["MODEL.FPN.OUT_CHANNELS", 32, "INPUT.MIN_SIZE_TRAIN", [SIZE], "INPUT.MIN_SIZE_TEST", SIZE]
 ROI = [*NARROW, "MODEL.ROI_BOX_HEAD.FC_DIM", 16, "MODEL.ROI_HEADS.BATCH_SIZE_PER_IMAGE", 16]
@@ -108,3 +113,62 @@ def test_plan_counts_classes_of_each_kind(finished: Project) -> None:
     assert rows["points"][4] == "1"
     assert rows["labels"][4] == "3"
     assert rows["depths"][4] == "-"
+
+
+@pytest.fixture
+def fresh(tmp_path: Path) -> Project:
+    return change(Project(tmp_path), {})
+
+
+def dry_run(project: Project, kind: str, *extra: Any, **values: Any) -> str:
+    """The plan of one source of a kind, with more options or other values in its record."""
+    change(project, {kind: KINDS[kind]})
+    record = project.content["XLEARNER"]["SOURCES"][kind]
+    record["OPTS"] = [*record["OPTS"], *extra]
+    record.update(values)
+    project.write(project.content)
+    return project.dry_run()
+
+
+@pytest.mark.parametrize(
+    ("kind", "opts", "match"),
+    [
+        ("labels", ["MODEL.CLASSIFIER.MIXUP", 0.2], r"labels: MODEL\.CLASSIFIER\.MULTI_LABEL cannot be combined"),
+        ("points", ["TEST.KEYPOINT_OKS_SIGMAS", [0.1]], "KEYPOINT_OKS_SIGMAS has 1 entries, but one for each of the 3"),
+        ("points", ["MODEL.ROI_KEYPOINT_HEAD.MIN_KEYPOINTS_PER_IMAGE", 4], r"no image has 4 visible keypoint\(s\)"),
+        ("given", ["DATASETS.PROPOSAL_FILES_TEST", []], "has 0 files for 1 data sets in TEST.*PROPOSAL_FILES_TEST"),
+        ("given", ["DATASETS.PROPOSAL_FILES_TRAIN", ["no.pkl"]], r"the proposal file no\.pkl cannot be read"),
+        ("depths", ["MODEL.DEPTH_HEAD.RANGE", [5.0, 1.0]], r"RANGE is \[5\.0, 1\.0\], but a nearest and a farther"),
+        ("depths", ["MODEL.DEPTH_HEAD.IN_FEATURES", ["p9"]], r"IN_FEATURES names \['p9'\], but the backbone offers"),
+    ],
+)
+def test_wrong_setting_of_a_kind(fresh: Project, kind: str, opts: list[Any], match: str) -> None:
+    with pytest.raises(ConfigError, match=match):
+        dry_run(fresh, kind, *opts)
+
+
+def test_boxes_for_a_classifier_of_one_label(fresh: Project) -> None:
+    match = r"labels: the data set 'k_boxes' has no classes, which ImageClassifier .*MODEL\.CLASSIFIER\.MULTI_LABEL"
+    with pytest.raises(ConfigError, match=match):
+        dry_run(fresh, "labels", OPTS=["INPUT.CLASSIFICATION.SIZE", SIZE])
+
+
+def test_test_set_without_an_evaluator(fresh: Project) -> None:
+    MetadataCatalog.get("k_odd").set(evaluator_type="odd", thing_classes=["face"])
+    DatasetCatalog.register("k_odd", lambda: DatasetCatalog.get("k_points"))
+    try:
+        with pytest.raises(ConfigError, match=r"boxless\.TEST: the data set 'k_odd' has the evaluator_type 'odd', but"):
+            dry_run(fresh, "boxless", TEST=["k_odd"])
+    finally:
+        DatasetCatalog.pop("k_odd")
+        MetadataCatalog.pop("k_odd")
+
+
+def test_images_without_labels_stay(fresh: Project) -> None:
+    """A detector has nothing to learn from them, a classifier of several labels has."""
+    path = fresh.root / "data/boxes.json"
+    content = json.loads(path.read_text())
+    content["annotations"] = content["annotations"][:3]
+    path.write_text(json.dumps(content))
+    row = next(line for line in dry_run(fresh, "labels").splitlines() if line.startswith("labels"))
+    assert row.split()[2] == "8"

@@ -14,31 +14,31 @@ from .problems import Problems
 Records = list[dict[str, Any]]
 
 
-def proposal_files(source: SourceSpec, head: CfgNode) -> dict[str, str]:
+def proposal_files(source: SourceSpec, head: CfgNode) -> tuple[dict[str, str], dict[str, str]]:
     """The proposal file of each data set of a source, as ``DATASETS.PROPOSAL_FILES_*`` of its head gives them.
 
     Returns:
-        files by data set; empty when the head loads no proposals.
+        files by data set, for training and for test; empty when the head loads no proposals.
 
     Raises:
         ConfigError: when there is not one file for each data set.
     """
     if not head.MODEL.LOAD_PROPOSALS:
-        return {}
-    found: dict[str, str] = {}
+        return {}, {}
     problems = []
-    for key, names in (("TRAIN", source.train), ("TEST", source.test)):
-        files = head.DATASETS[f"PROPOSAL_FILES_{key}"]
-        if len(files) != len(names):
+    parts = {"TRAIN": source.train, "TEST": source.test}
+    files = {key: head.DATASETS[f"PROPOSAL_FILES_{key}"] for key in parts}
+    for key, names in parts.items():
+        if len(files[key]) != len(names):
             problems.append(
-                f"XLEARNER.SOURCES.{source.name}: {source.config} loads pre-computed proposals, but has {len(files)} "
-                f"files for {len(names)} data sets in {key}: set DATASETS.PROPOSAL_FILES_{key} in the OPTS of "
-                "the source to one file for each."
+                f"XLEARNER.SOURCES.{source.name}: {source.config} loads pre-computed proposals, but has "
+                f"{len(files[key])} files for {len(names)} data sets in {key}: set DATASETS.PROPOSAL_FILES_{key} in the "
+                "OPTS of the source to one file for each."
             )
-        found |= dict(zip(names, files, strict=False))
     if problems:
         raise ConfigError(problems)
-    return found
+    train, test = (dict(zip(parts[key], files[key], strict=True)) for key in parts)
+    return train, test
 
 
 def with_proposals(name: str, records: Sequence[dict[str, Any]], file: str) -> Records:

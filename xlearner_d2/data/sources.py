@@ -106,12 +106,14 @@ def source_data(source: SourceSpec, head: CfgNode, records: Mapping[str, Records
     Raises:
         ConfigError: when proposals are missing, or no image has what the head learns from.
     """
-    files = proposal_files(source, head)
-    own = {name: records[name] for name in (*source.train, *source.test)}
-    own |= {name: with_proposals(name, own[name], file) for name, file in files.items()}
+    train_files, test_files = proposal_files(source, head)
+
+    def read(name: str, files: Mapping[str, str]) -> Records:
+        return with_proposals(name, records[name], files[name]) if files else records[name]
+
     return SourceData(
-        train=_usable([record for name in source.train for record in own[name]], source, head),
-        test={name: own[name] for name in source.test},
+        train=_usable([record for name in source.train for record in read(name, train_files)], source, head),
+        test={name: read(name, test_files) for name in source.test},
     )
 
 

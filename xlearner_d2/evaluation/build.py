@@ -326,6 +326,10 @@ _BUILDERS: dict[str, _Builder] = {
 }
 
 
+#: What :func:`build_evaluator` knows.
+EVALUATED = tuple(_BUILDERS)
+
+
 def evaluator_type(dataset_name: str, head: CfgNode | None = None) -> str | None:
     """What is evaluated: what the data set's metadata says, unless its head learns something else from it."""
     if head is not None and head.MODEL.META_ARCHITECTURE == "ImageClassifier" and head.MODEL.CLASSIFIER.MULTI_LABEL:

@@ -151,7 +151,9 @@ def _set_classes(head: CfgNode, source: SourceSpec, where: str) -> None:
         if not any(name in metadata.as_dict() for name in names):
             lack = f"the data set {source.train[0]!r} has no {' or '.join(names)}"
             wish = f"which {head.MODEL.META_ARCHITECTURE} learns from (CONFIG {source.config})"
-            raise ConfigError([f"{where}: {lack}, {wish}."])
+            boxes = names == ("classes",) and "thing_classes" in metadata.as_dict()
+            hint = " Set MODEL.CLASSIFIER.MULTI_LABEL to learn which objects an image has." if boxes else ""
+            raise ConfigError([f"{where}: {lack}, {wish}.{hint}"])
     for name, settings in CLASS_COUNTS.items():
         if name in metadata.as_dict():
             head.merge_from_list([item for key in settings for item in (key, len(metadata.get(name)))])
