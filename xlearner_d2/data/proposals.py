@@ -32,8 +32,8 @@ def proposal_files(source: SourceSpec, head: CfgNode) -> tuple[dict[str, str], d
         if len(files[key]) != len(names):
             problems.append(
                 f"XLEARNER.SOURCES.{source.name}: {source.config} loads pre-computed proposals, but has "
-                f"{len(files[key])} files for {len(names)} data sets in {key}: set DATASETS.PROPOSAL_FILES_{key} in the "
-                "OPTS of the source to one file for each."
+                f"{len(files[key])} files for {len(names)} data sets in {key}: set DATASETS.PROPOSAL_FILES_{key} in "
+                "the OPTS of the source to one file for each."
             )
     if problems:
         raise ConfigError(problems)
