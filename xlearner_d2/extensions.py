@@ -6,6 +6,7 @@ import re
 import sys
 from collections.abc import Callable, Sequence
 from types import ModuleType
+from typing import Any
 
 import numpy as np
 from detectron2.config import CfgNode
@@ -67,14 +68,18 @@ def provide_panopticapi() -> None:
     """
     if "panopticapi" in sys.modules or importlib.util.find_spec("panopticapi") is not None:
         return
-    from hotcoco.panoptic import pq_compute
-
     package, utils, evaluation = (ModuleType(f"panopticapi{part}") for part in ("", ".utils", ".evaluation"))
     utils.rgb2id, utils.id2rgb = rgb2id, id2rgb  # type: ignore[attr-defined]
-    evaluation.pq_compute = pq_compute  # type: ignore[attr-defined]
+    evaluation.pq_compute = _pq_compute  # type: ignore[attr-defined]
     package.utils, package.evaluation = utils, evaluation  # type: ignore[attr-defined]
     package.__path__ = []
     sys.modules |= {module.__name__: module for module in (package, utils, evaluation)}
+
+
+def _pq_compute(*args: Any, **kwargs: Any) -> Any:
+    from hotcoco.panoptic import pq_compute  # only when it is needed: there may be no wheel for a machine
+
+    return pq_compute(*args, **kwargs)
 
 
 def rgb2id(colours: np.ndarray) -> np.ndarray:

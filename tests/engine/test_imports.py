@@ -9,6 +9,7 @@ from conftest import Project
 from disk_data import NAMES, SIZE
 from kinds_data import register_panoptic, write_kinds
 
+from xlearner_d2.modeling.heads import has_compiled_operators
 from xlearner_d2.specs import ConfigError
 
 PROJECT = '''
@@ -64,7 +65,7 @@ def sources() -> dict[str, dict[str, Any]]:
         },
         "areas": {
             **{"TASK": "dense", "CONFIG": "configs/heads/deeplab_v3_plus.yaml", "TRAIN": ["t_areas"], **BASE},
-            **{"TEST": ["t_areas"], "OPTS": [*NARROW, *semantic]},
+            **{"OPTS": [*NARROW, *semantic]},
         },
         "everything": {
             **{"TASK": "dense", "CONFIG": "configs/heads/panoptic_deeplab.yaml", "TRAIN": ["i_panoptic"], **BASE},
@@ -105,11 +106,10 @@ def test_heads_of_other_projects_are_trained_and_evaluated(project: Project) -> 
     metrics = project.run()["expanded"]
     assert {name: set(found) for by_set in metrics.values() for name, found in by_set.items()} == {
         "t_boxes": {"bbox/AP", "segm/AP"},
-        "t_areas": {"sem_seg/mIoU"},
         "i_panoptic": {"panoptic_seg/PQ"},
     }
     line = (project.root / "out/expand/metrics.json").read_text().splitlines()[-1]
-    for loss in ("points/loss_mask_point", "everything/loss_center", "light/loss_brightness"):
+    for loss in ("points/loss_mask_point", "areas/loss_sem_seg", "everything/loss_center", "light/loss_brightness"):
         assert f'"{loss}"' in line
 
 
@@ -161,3 +161,9 @@ def test_deeplabs_own_resnet_is_a_plain_branch(project: Project) -> None:
     opts = [*project.content["XLEARNER"]["SOURCES"]["areas"]["OPTS"]]
     opts += ["MODEL.BACKBONE.NAME", "build_resnet_deeplab_backbone"]
     assert "areas" in project.dry_run("XLEARNER.SOURCES.areas.OPTS", opts)
+
+
+@pytest.mark.skipif(has_compiled_operators(), reason="this Detectron2 has the operators")
+def test_deformable_branches_need_compiled_operators(project: Project) -> None:
+    wanted = r"MODEL\.RESNETS\.DEFORM_ON_PER_STAGE needs Detectron2's compiled operators"
+    fails(project, wanted, "MODEL.RESNETS.DEFORM_ON_PER_STAGE", [False, True, True, True])

@@ -11,6 +11,7 @@ from detectron2.data import DatasetCatalog, MetadataCatalog
 from disk_data import SIZE
 from kinds_data import register_panoptic, write_kinds
 
+from xlearner_d2.data.proposals import with_proposals
 from xlearner_d2.specs import ConfigError
 
 NARROW = ["MODEL.FPN.OUT_CHANNELS", 32, "INPUT.MIN_SIZE_TRAIN", [SIZE], "INPUT.MIN_SIZE_TEST", SIZE]
@@ -113,6 +114,12 @@ def test_plan_counts_classes_of_each_kind(finished: Project) -> None:
     assert rows["points"][4] == "1"
     assert rows["labels"][4] == "3"
     assert rows["depths"][4] == "-"
+
+
+def test_proposals_of_one_source_can_be_given_to_another(finished: Project) -> None:
+    file = finished.root / "out/expand/inference/boxless/k_points/k_points/box_proposals.pkl"
+    records = with_proposals("k_points", DatasetCatalog.get("k_points"), str(file))
+    assert all(len(record["proposal_boxes"]) for record in records)
 
 
 @pytest.fixture
