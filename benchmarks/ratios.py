@@ -1,0 +1,230 @@
+"""What training costs, against what it has to cost: one function for each ratio that docs/SPEED.md reports."""
+
+import itertools
+from argparse import Namespace
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from detectron2.engine import SimpleTrainer
+from detectron2.modeling import build_model
+from detectron2.utils.events import EventStorage
+from models import HEADS, THREE_TASKS, Batch, make_batch, make_config, make_model
+from timing import Run, in_turn, kept_bytes, ratio
+from torch import Tensor
+
+from xlearner_d2 import XLearner
+from xlearner_d2.engine.optimizer import make_optimizer
+from xlearner_d2.modeling.distill import Distiller
+from xlearner_d2.modeling.expanded import build_branch, inference_mode_norm
+from xlearner_d2.modeling.heads import head_config
+from xlearner_d2.specs import SourceSpec
+
+Found = dict[str, dict[str, float]]
+
+
+def backward(losses: Mapping[str, Tensor]) -> None:
+    """The gradient of a sum of losses."""
+    sum(losses.values()).backward()  # type: ignore[union-attr]
+
+
+def losses_of(model: Any, batch: Any) -> dict[str, Tensor]:
+    """The losses of a model in training."""
+    with EventStorage():
+        return model(batch)
+
+
+def precision(args: Namespace) -> tuple[str, bool]:
+    """Options that choose the precision."""
+    return ("SOLVER.AMP.ENABLED", args.amp)
+
+
+def one_source_step(args: Namespace) -> Found:
+    """A step of XLearner with one source against stock Detectron2's SimpleTrainer on the same model and images."""
+    found = {}
+    for head, config in HEADS.items():
+        # Stock Detectron2 has neither of the two; without them only the project's own overhead is left.
+        options = ("XLEARNER.CHANNELS_LAST", False, "SOLVER.AMP.ENABLED", False)
+        cfg = make_config((head,), *options)
+        ours = build_model(cfg)
+        source = SourceSpec(name="only", task="task", config=config, train=("benchmark",))
+        alone = head_config(source, cfg).clone()
+        alone.defrost()
+        alone.MODEL.BACKBONE.FREEZE_AT = 0
+        stock = build_model(alone)
+        assert sum(p.numel() for p in ours.parameters()) == sum(p.numel() for p in stock.parameters())
+        batch = make_batch(ours, count=args.images, size=args.size)
+        runs = {
+            "ours": _stepper(ours, batch, make_optimizer(cfg, ours)),
+            "stock": _stepper(stock, batch["source0"], make_optimizer(cfg, stock)),
+        }
+        times = in_turn(runs, rounds=args.rounds)
+        found[head] = ratio(times["ours"], times["stock"])
+    return found
+
+
+def _stepper(model: torch.nn.Module, batch: Any, optimizer: torch.optim.Optimizer) -> Run:
+    trainer = SimpleTrainer(model, itertools.repeat(batch), optimizer)
+    trainer.iter = 0
+
+    def run() -> None:
+        with EventStorage():
+            trainer.run_step()
+
+    return run
+
+
+def expansion_step(args: Namespace) -> Found:
+    """Forward and backward pass of three tasks against the sum of its parts, timed one by one on the same modules.
+
+    The parts: each source's head, branch and incoming layers with what the other branches send given, forward and
+    backward; and the other branches' stages as deep as they are read, forward alone. The second ratio leaves the
+    reconciliation layers out of the parts, so it shows what these layers add.
+    """
+    model = make_model(THREE_TASKS, *precision(args))
+    plain = make_model(THREE_TASKS, "XLEARNER.SHARING", "separate", *precision(args))
+    batch = make_batch(model, count=args.images, size=args.size)
+    backbone = model.backbone
+    images = {source: model.preprocess(source, records) for source, records in batch.items()}
+    needed = {source: backbone._sources_of(model.task_of[source]) for source in batch}
+    compute = backbone._auxiliary
+
+    def others() -> dict[str, Any]:
+        with model.autocast():
+            return {source: compute(of, needed[source]) for source, of in images.items()}
+
+    sent = others()
+
+    def own() -> None:
+        waiting = [sent[source] for source in batch]
+        backbone._auxiliary = lambda *_: waiting.pop(0)  # type: ignore[method-assign]
+        backward(losses_of(model, batch))
+        backbone._auxiliary = compute  # type: ignore[method-assign]
+
+    def own_alone() -> None:
+        backward(losses_of(plain, batch))
+
+    runs = {
+        "step": lambda: backward(losses_of(model, batch)),
+        "own": own,
+        "others": others,
+        "own alone": own_alone,
+    }
+    times = in_turn(runs, rounds=args.rounds)
+    return {
+        "against all its parts": ratio(times["step"], times["own"] + times["others"]),
+        "against its parts without reconciliation layers": ratio(times["step"], times["own alone"] + times["others"]),
+    }
+
+
+def detached_step(args: Namespace) -> Found:
+    """Passing features on without gradient against passing them on with it, for three tasks."""
+    found = {}
+    for name, heads in {"three classifiers": ("classifier",) * 3, "three kinds of heads": THREE_TASKS}.items():
+        runs: dict[str, Run] = {}
+        for sharing in ("detached", "bidirectional"):
+            model = make_model(heads, "XLEARNER.SHARING", sharing, *precision(args))
+            runs[sharing] = _pass(model, make_batch(model, count=args.images, size=args.size))
+        times = in_turn(runs, rounds=args.rounds)
+        found[name] = ratio(times["detached"], times["bidirectional"])
+    return found
+
+
+def _pass(model: XLearner, batch: Batch) -> Run:
+    return lambda: backward(losses_of(model, batch))
+
+
+def squeeze_step(args: Namespace) -> Found:
+    """A distillation of three branches against the teacher's forward pass and the student's forward and backward.
+
+    With the student's projectors, which are trained with it, and without.
+    """
+    teacher = make_model(THREE_TASKS, *precision(args)).freeze()
+    cfg = make_config(THREE_TASKS)
+    student = build_branch(cfg, out_features=("res2", "res3", "res4", "res5")).to(memory_format=torch.channels_last)
+    student.to(teacher.device)
+    distiller = Distiller(student=student, teacher=teacher, stage_weights={"res4": 1.0, "res5": 1.0}).train()
+    batch = make_batch(teacher, count=args.images, size=args.size)
+    (group,) = teacher.image_groups(batch, together=True)
+    images = group.images.contiguous(memory_format=torch.channels_last)
+
+    def parts(*, project: bool) -> None:
+        with teacher.autocast():
+            with torch.no_grad(), inference_mode_norm(teacher.backbone):
+                teacher.backbone.forward_all(images)
+            features = student(images)
+            of_task = distiller.projectors.values() if project else ()
+            projected = [project_(features[stage]) for stages in of_task for stage, project_ in stages.items()]
+        sum(feature.float().mean() for feature in projected or features.values()).backward()
+
+    runs: dict[str, Run] = {
+        "step": lambda: backward(losses_of(distiller, batch)),
+        "parts": lambda: parts(project=True),
+        "without projectors": lambda: parts(project=False),
+    }
+    times = in_turn(runs, rounds=args.rounds)
+    return {
+        "against teacher and student with projectors": ratio(times["step"], times["parts"]),
+        "against teacher and student": ratio(times["step"], times["without projectors"]),
+    }
+
+
+def memory(args: Namespace) -> Found:
+    """Bytes that a step of three tasks needs at its peak, about: weights, gradients, two averages, and what is kept.
+
+    Against the same of separate branches.
+    """
+    found = {}
+    for name, heads in {"three classifiers": ("classifier",) * 3, "three kinds of heads": THREE_TASKS}.items():
+        need, kept = {}, {}
+        for sharing in ("detached", "separate"):
+            model = make_model(heads, "XLEARNER.SHARING", sharing, *precision(args))
+            batch = make_batch(model, count=args.images, size=args.size)
+            kept[sharing] = kept_bytes(lambda model=model, batch=batch: losses_of(model, batch), model)  # type: ignore[misc]
+            need[sharing] = kept[sharing] + 16 * sum(p.numel() for p in model.parameters())
+        found[name] = {
+            "ratio": round(need["detached"] / need["separate"], 4),
+            "ratio_kept": round(kept["detached"] / kept["separate"], 4),
+            "mb": round(need["detached"] / 1e6, 1),
+            "reference_mb": round(need["separate"] / 1e6, 1),
+        }
+    return found
+
+
+def exported_student(args: Namespace) -> Found:
+    """Inference of a student that was exported and loaded into stock Detectron2, against a stock ResNet."""
+    from tempfile import TemporaryDirectory
+
+    from detectron2.checkpoint import DetectionCheckpointer
+    from detectron2.layers import ShapeSpec
+    from detectron2.modeling.backbone.resnet import build_resnet_backbone
+
+    from xlearner_d2.checkpoint.export import export_student
+
+    cfg = make_config(("classifier",))
+    student = build_branch(cfg, out_features=("res2", "res3", "res4", "res5")).eval().to(cfg.MODEL.DEVICE)
+    plain = cfg.clone()
+    plain.MODEL.RESNETS.OUT_FEATURES = ["res2", "res3", "res4", "res5"]
+    stock, other = (
+        build_resnet_backbone(plain, ShapeSpec(channels=3)).eval().to(student.stem.conv1.weight.device)
+        for _ in range(2)
+    )
+    with TemporaryDirectory() as folder:
+        export_student(student, plain, f"{folder}/student_d2.pth")
+        DetectionCheckpointer(torch.nn.ModuleDict({"backbone": stock})).load(f"{folder}/student_d2.pth")
+    images = torch.randn(args.images, 3, args.size, args.size, device=student.stem.conv1.weight.device)
+    with torch.no_grad():
+        expected, given = student(images), stock(images)
+        assert all(torch.equal(expected[stage], given[stage]) for stage in expected), "outputs differ"
+        times = in_turn({"exported": lambda: stock(images), "stock": lambda: other(images)}, rounds=2 * args.rounds)
+    return {"bit-identical outputs": ratio(times["exported"], times["stock"])}
+
+
+RATIOS: dict[str, Callable[[Namespace], Found]] = {
+    "one-source step": one_source_step,
+    "expansion step": expansion_step,
+    "detached against bidirectional": detached_step,
+    "squeeze step": squeeze_step,
+    "memory": memory,
+    "exported student": exported_student,
+}

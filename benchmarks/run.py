@@ -1,0 +1,63 @@
+"""Measure what the project costs, as ratios against what it has to cost, and draw how cost grows.
+
+All ratios come from runs in turn within one process, so they hold on a machine that does other work as well. Prints the
+median of each ratio with its quartiles; writes ``ratios.json`` and ``scaling.png``. On a machine with a GPU, it is the
+GPU that is measured.
+
+    python benchmarks/run.py                                   # all ratios: about ten minutes on one CPU core
+    python benchmarks/run.py --only "squeeze step" memory
+    python benchmarks/run.py --only scaling coco loader
+"""
+
+import argparse
+import json
+import os
+from pathlib import Path
+
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
+import torch
+from coco_evaluation import coco_evaluation
+from loading import loader
+from ratios import RATIOS, Found
+from scaling import scaling
+from timing import machine
+
+BENCHMARKS = {**RATIOS, "coco": coco_evaluation, "loader": loader, "scaling": scaling}
+
+
+def main() -> None:
+    """Run what was asked for, and report."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", nargs="+", choices=list(BENCHMARKS), default=list(BENCHMARKS), help="what to measure")
+    parser.add_argument("--rounds", type=int, default=15, help="measured rounds of each comparison")
+    parser.add_argument("--images", type=int, default=8, help="images of each source in a step")
+    parser.add_argument("--size", type=int, default=128, help="side of the images in pixels")
+    parser.add_argument("--threads", type=int, default=1, help="threads of torch on a CPU")
+    parser.add_argument("--amp", action=argparse.BooleanOptionalAction, default=True, help="mixed precision")
+    parser.add_argument("--output", type=Path, default=Path(__file__).parent / "results", help="folder of the results")
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+    args.output.mkdir(parents=True, exist_ok=True)
+    file = args.output / "ratios.json"
+    results: dict[str, Found] = json.loads(file.read_text()) if file.is_file() else {}
+    for name in args.only:
+        found = BENCHMARKS[name](args)
+        results[name] = found
+        print_found(name, found)
+        settings = {key: getattr(args, key) for key in ("rounds", "images", "size", "amp")}
+        results[name]["measured with"] = {**machine(), **settings}  # type: ignore[assignment]
+        file.write_text(json.dumps(results, indent=2) + "\n")
+
+
+def print_found(name: str, found: Found) -> None:
+    """One line for each comparison."""
+    for case, values in found.items():
+        spread = f" (quartiles {values['q1']:.3f} to {values['q3']:.3f})" if "q1" in values else ""
+        rest = ", ".join(f"{k} {v:g}" for k, v in values.items() if k not in ("ratio", "q1", "q3"))
+        head = f" {values['ratio']:.3f}{spread};" if "ratio" in values else ""
+        print(f"{name}, {case}:{head} {rest}", flush=True)
+
+
+if __name__ == "__main__":
+    main()

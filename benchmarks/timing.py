@@ -1,0 +1,81 @@
+"""Fair comparisons on a machine that does other work as well: all candidates in turn, in one process, many times."""
+
+import os
+import platform
+import subprocess
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from time import perf_counter, process_time
+from typing import Any
+
+import numpy as np
+import torch
+
+Run = Callable[[], Any]
+
+
+def synchronize() -> None:
+    """Wait for the GPU, if there is one."""
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+
+
+def in_turn(runs: Mapping[str, Run], *, rounds: int, warmup: int = 2) -> dict[str, np.ndarray]:
+    """Milliseconds of each run in each round, in an order that alternates from round to round.
+
+    On a CPU these are milliseconds of processor time, which other processes do not add to; on a GPU, of wall time.
+    """
+    clock = perf_counter if torch.cuda.is_available() else process_time
+    times: dict[str, list[float]] = {name: [] for name in runs}
+    for number in range(rounds + warmup):
+        for name in runs if number % 2 else reversed(runs):
+            torch.manual_seed(number)  # what is drawn at random, such as proposals, is drawn alike
+            synchronize()
+            start = clock()
+            runs[name]()
+            synchronize()
+            times[name].append(1000 * (clock() - start))
+    return {name: np.array(found[warmup:]) for name, found in times.items()}
+
+
+def ratio(above: np.ndarray, below: np.ndarray) -> dict[str, float]:
+    """Median and quartiles of the ratio of two runs, round by round, and the median of each."""
+    low, middle, high = np.percentile(above / below, [25, 50, 75])
+    found = {"ratio": middle, "q1": low, "q3": high, "ms": np.median(above), "reference_ms": np.median(below)}
+    return {name: round(float(value), 4) for name, value in found.items()}
+
+
+def kept_bytes(run: Run, model: torch.nn.Module) -> int:
+    """Bytes of the distinct tensors, weights aside, that autograd keeps for the backward pass of ``run``'s result."""
+    kept: dict[int, int] = {}
+
+    def note(tensor: torch.Tensor) -> torch.Tensor:
+        kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+        result = run()
+    assert result is not None  # and alive until here
+    for parameter in model.parameters():
+        kept.pop(parameter.untyped_storage().data_ptr(), None)
+    return sum(kept.values())
+
+
+def machine() -> dict[str, str]:
+    """What the numbers hold for."""
+    names = [line.split(":")[1].strip() for line in _lines("/proc/cpuinfo") if line.startswith("model name")]
+    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else "none"
+    command = ["git", "describe", "--always", "--dirty"]
+    commit = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True).stdout.strip()
+    return {
+        "commit": commit,
+        "processor": f"{len(names) or os.cpu_count()} x {names[0] if names else platform.processor()}",
+        "gpu": gpu,
+        "threads": str(torch.get_num_threads()),
+        "torch": torch.__version__,
+        "clock": "wall time" if torch.cuda.is_available() else "processor time",
+    }
+
+
+def _lines(path: str) -> list[str]:
+    return Path(path).read_text().splitlines() if Path(path).is_file() else []
