@@ -36,6 +36,9 @@ def add_xlearner_config(cfg: CfgNode) -> None:
     x.CHECK_IMAGES = 5000
     # Faster convolutions on GPUs with tensor cores and on CPUs.
     x.CHANNELS_LAST = True
+    # Backend of torch.compile for the stages of branches and of the student, such as "inductor"; "" for none. The first
+    # steps then take minutes.
+    x.COMPILE = ""
 
     # joint: every step draws from every source. alternating: from one source, in turn; so little memory is needed, but
     # the steps of a source are fewer.

@@ -149,7 +149,7 @@ def test_all_problems_of_a_config_are_listed_at_once(project):
     set_source(project, "pics", IMS_PER_BATCH=0, TRAIN=["nope"])
     set_source(project, "boxes", LOSS_WEIGHT="much")
     with pytest.raises(ConfigError) as caught:
-        project.run("XLEARNER.SHARING", "joined", "XLEARNER.SQUEEZE.DISTANCE", "far")
+        project.run("XLEARNER.SHARING", "joined", "XLEARNER.SQUEEZE.DISTANCE", "far", "XLEARNER.COMPILE", "inductr")
     assert len(caught.value.problems) == 5
     assert str(caught.value).startswith("The configuration has 5 problems:\n  1. ")
 

@@ -138,6 +138,8 @@ def _check_weighting(cfg: CfgNode, turns: Mapping[str, int]) -> list[str]:
 def _check_settings(cfg: CfgNode, world_size: int) -> list[str]:
     problems = _one_of("STAGE", cfg.XLEARNER.STAGE, STAGES)
     problems += _check_sampling(cfg, world_size)
+    if cfg.XLEARNER.COMPILE:
+        problems += _one_of("COMPILE", cfg.XLEARNER.COMPILE, torch.compiler.list_backends(exclude_tags=()))
     problems += _one_of("SHARING", cfg.XLEARNER.SHARING, SHARING)
     for stage in cfg.XLEARNER.RECONCILIATION.STAGES:
         problems += _one_of("RECONCILIATION.STAGES", stage, RESNET_STAGES)

@@ -230,7 +230,24 @@ def build_branch(cfg: CfgNode, *, out_features: Sequence[str], res5_dilation: in
     cfg.MODEL.RESNETS.RES5_DILATION = res5_dilation
     deepest = max(out_features)
     cfg.MODEL.RESNETS.OUT_FEATURES = [stage for stage in STAGES if stage <= deepest]
-    return build_resnet_backbone(cfg, ShapeSpec(channels=len(cfg.MODEL.PIXEL_MEAN)))
+    branch = build_resnet_backbone(cfg, ShapeSpec(channels=len(cfg.MODEL.PIXEL_MEAN)))
+    if cfg.XLEARNER.COMPILE:
+        compile_stages(branch, backend=cfg.XLEARNER.COMPILE)
+    return branch
+
+
+def compile_stages(branch: ResNet, *, backend: str) -> None:
+    """Compile the stem and each stage, as an expanded model calls them one by one; the names of weights stay.
+
+    Args:
+        backend: a name that ``torch.compiler.list_backends(exclude_tags=())`` knows.
+    """
+    # A graph for each stage, with gradient and without, and for each image size that is met; beyond the limit, which is
+    # 8 otherwise, torch goes back to running them as they are.
+    config = torch._dynamo.config
+    config.recompile_limit = max(config.recompile_limit, 128)
+    for part in (branch.stem, *branch.stages):
+        part.compile(backend=backend)
 
 
 def _check_strides(stages: Sequence[str], branches: Mapping[str, ResNet]) -> None:
