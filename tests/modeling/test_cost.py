@@ -165,6 +165,8 @@ def test_the_processor_does_not_wait_for_a_gpu(make_model: MakeModel, make_batch
     """Classification and segmentation heads never wait, so nothing of the project's own may."""
     model = make_model("XLEARNER.SHARING", sharing, "MODEL.DEVICE", "cuda", without=("boxes",))
     batches = make_batches("pics", "areas")
+    for record in (record for records in batches.values() for record in records):  # Detectron2 waits for its copies
+        record |= {key: value.cuda() for key, value in record.items() if isinstance(value, Tensor)}
     for mode in ("default", "error"):  # the first step chooses algorithms
         torch.cuda.set_sync_debug_mode(mode)
         try:

@@ -76,7 +76,7 @@ def build_joint_train_loader(
         worker_init_fn=_use_one_thread,
         # Its own, or starting the loader would draw a number from the model's, in a resumed run at another step.
         generator=torch.Generator().manual_seed(seed),
-        pin_memory=False,
+        pin_memory=any(head.MODEL.DEVICE.startswith("cuda") for head in heads.values()),
         # A single process needs some reserve, as steps differ in length; many would keep much memory for it.
         prefetch_factor=max(2, 4 // num_workers) if num_workers else None,
     )

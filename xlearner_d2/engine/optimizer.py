@@ -27,7 +27,7 @@ def make_optimizer(cfg: CfgNode, model: nn.Module) -> torch.optim.Optimizer:
         weight_decay_norm=solver.WEIGHT_DECAY_NORM,
         bias_lr_factor=solver.BIAS_LR_FACTOR,
         weight_decay_bias=solver.WEIGHT_DECAY_BIAS,
-        overrides=OVERRIDES,
+        overrides=dict(OVERRIDES),  # Detectron2 adds to what it is given
     )
     optimizer: torch.optim.Optimizer
     if solver.OPTIMIZER == "SGD":

@@ -101,7 +101,8 @@ class ImageClassifier(nn.Module):
             ``{"loss_cls": scalar}`` in training; else, for each image, ``{"scores": (num_classes,)}``, which sum to
             one, or ``{"label_scores": (num_classes,)}``, each a probability, if it may have several.
         """
-        images = [(x["image"].to(self.device) - self.pixel_mean) / self.pixel_std for x in batched_inputs]
+        images = [x["image"].to(self.device, non_blocking=True) for x in batched_inputs]
+        images = [(image - self.pixel_mean) / self.pixel_std for image in images]
         batch = ImageList.from_tensors(images).tensor
         if not self.training:
             logits = self._logits(batch).float()
@@ -112,7 +113,7 @@ class ImageClassifier(nn.Module):
         return {"loss_cls": loss(batch, batched_inputs)}
 
     def _single_label_loss(self, batch: Tensor, batched_inputs: list[dict[str, Any]]) -> Tensor:
-        labels = torch.tensor([x["category_id"] for x in batched_inputs], device=self.device)
+        labels = torch.tensor([x["category_id"] for x in batched_inputs]).to(self.device, non_blocking=True)
         smoothing = self.label_smoothing
         if self.mixup is not None:
             batch, labels = self.mixup(batch, labels)  # labels are now (N, num_classes), smoothed

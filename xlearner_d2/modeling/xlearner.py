@@ -206,7 +206,7 @@ class XLearner(nn.Module):
 
     def preprocess(self, source: str, inputs: list[dict[str, Any]]) -> Tensor:
         """Normalised images of one source, padded to one size as its head pads them: (N, 3, H, W) float32."""
-        images = [(x["image"].to(self.device) - self.pixel_mean) / self.pixel_std for x in inputs]
+        images = [(x["image"].to(self.device, non_blocking=True) - self.pixel_mean) / self.pixel_std for x in inputs]
         backbone = getattr(self.heads[source], "backbone", None)
         if not isinstance(backbone, Backbone):  # of a meta-architecture that keeps it elsewhere
             return ImageList.from_tensors(images, size_divisibility=32).tensor
