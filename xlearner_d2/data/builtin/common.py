@@ -79,14 +79,16 @@ def list_images(folder: Path) -> dict[str, Path]:
     return images
 
 
-def walk_images(folder: Path, suffixes: Sequence[str] = IMG_EXTENSIONS) -> list[Path]:
-    """Images in ``folder`` and in folders below it, however deep, sorted; hidden ones are left out."""
-    found = []
-    for parent, folders, names in os.walk(folder, followlinks=True):
+def walk_images(folder: Path, suffixes: Sequence[str] = IMG_EXTENSIONS) -> list[str]:
+    """Paths below ``folder`` of images in it and in folders below it, however deep, sorted, without hidden ones."""
+    found: list[str] = []
+    start = len(str(folder)) + 1
+    for parent, folders, names in os.walk(str(folder), followlinks=True):
         folders[:] = [name for name in folders if not name.startswith(".")]
         # Strings, as a path object for each of a million files takes its time.
-        found += [f"{parent}/{name}" for name in names if name.lower().endswith(tuple(suffixes)) and name[0] != "."]
-    return [Path(name) for name in sorted(found)]
+        below = f"{parent[start:]}/" if len(parent) > start else ""
+        found += [below + name for name in names if name.lower().endswith(tuple(suffixes)) and name[0] != "."]
+    return sorted(found)
 
 
 def read_classes(spec: DatasetSpec, root: Path, *, default: Path | None = None) -> list[str] | None:

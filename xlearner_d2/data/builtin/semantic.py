@@ -8,7 +8,7 @@ import functools
 import logging
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 
 from torchvision.datasets.folder import IMG_EXTENSIONS
 
@@ -31,6 +31,7 @@ logger = logging.getLogger(__name__)
 
 #: Bit depth and colour type in the header of a PNG that holds one 8-bit channel, and where they are.
 _PLAIN, _PLAIN_AT = b"\x08\x00", slice(24, 26)
+_PORTION = 64
 
 
 def register(spec: DatasetSpec, root: Path) -> None:
@@ -86,33 +87,36 @@ def _read_list(spec: DatasetSpec, path: Path) -> list[tuple[str, str]]:
 
 def _key(name: str, suffix: str) -> str:
     """What images and labels are paired by: a path without the suffix of its format, and without ``suffix``."""
-    path = PurePosixPath(name)
-    stem = str(path.with_suffix("")) if path.suffix.lower() in IMG_EXTENSIONS else str(path)
-    return stem.removesuffix(_without_format(suffix))
+    return _without_format(name).removesuffix(_without_format(suffix))
 
 
-def _without_format(suffix: str) -> str:
+def _without_format(name: str) -> str:
     """``_gtFine_labelTrainIds`` for itself and for ``_gtFine_labelTrainIds.png``."""
-    path = PurePosixPath(f"x{suffix}")
-    return path.stem.removeprefix("x") if path.suffix.lower() in IMG_EXTENSIONS else suffix
+    stem, dot, ending = name.rpartition(".")  # not pathlib, which would take longer than reading the files
+    return stem if f"{dot}{ending}".lower() in IMG_EXTENSIONS else name
 
 
-def _find(spec: DatasetSpec, folder: Path, *, suffix: str, key: str, formats: Sequence[str]) -> dict[str, Path]:
+def _last(path: str) -> str:
+    return path.rpartition("/")[2]
+
+
+def _find(spec: DatasetSpec, folder: Path, *, suffix: str, key: str, formats: Sequence[str]) -> dict[str, str]:
     """Files below a folder, by what they are paired by.
 
     Raises:
         ConfigError: if there is none, or if two differ in the suffix of their format alone.
     """
-    found: dict[str, Path] = {}
+    found: dict[str, str] = {}
     problems = Problems(subject(spec))
+    ending = _without_format(suffix)
     for path in walk_images(folder, formats):
-        if not path.stem.endswith(_without_format(suffix)):
+        if not _without_format(path).endswith(ending):
             continue
-        name = _key(path.relative_to(folder).as_posix(), suffix)
+        name = _key(path, suffix)
         if name in found:
-            text = f"{path} and {found[name].name} differ in their suffix alone, but one is expected."
+            text = f"{folder}/{path} and {_last(found[name])} differ in their suffix alone, but one is expected."
             problems.add("ambiguous names", text)
-        found[name] = path
+        found[name] = f"{folder}/{path}"
     raise_if_any(problems)
     if not found:
         ending = f" whose name ends in {suffix!r} ({key})" if suffix else ""
@@ -144,36 +148,35 @@ def _read(
         names = [label if label != image else _key(image, spec.image_suffix) for image, label in listed]
         found_labels = _choose(spec, label_folder, labels, names, spec.label_suffix, "label PNG")
         pairs = list(zip(found_images, found_labels, strict=True))
-    with ThreadPoolExecutor() as pool:
-        paths = pool.map(functools.partial(_readable, spec), [label for _, label in pairs])
-        return [
-            {"file_name": str(image), "sem_seg_file_name": label}
-            for (image, _), label in zip(pairs, paths, strict=True)
-        ]
+    portions = [pairs[start : start + _PORTION] for start in range(0, len(pairs), _PORTION)]
+    with ThreadPoolExecutor() as pool:  # in portions, as a future for each file would take longer than the file
+        parts = pool.map(lambda part: [_readable(spec, label) for _, label in part], portions)
+        readable = [label for part in parts for label in part]
+    return [{"file_name": image, "sem_seg_file_name": label} for (image, _), label in zip(pairs, readable, strict=True)]
 
 
-def _readable(spec: DatasetSpec, label: Path) -> str:
+def _readable(spec: DatasetSpec, label: str) -> str:
     """A path by which Detectron2 reads class indices: the file itself if it holds nothing else."""
     if spec.reduce_zero_label:
         return label_path(label, reduce_zero_to=spec.ignore_value)
-    with label.open("rb") as stream:
+    with open(label, "rb") as stream:
         plain = stream.read(_PLAIN_AT.stop)[_PLAIN_AT] == _PLAIN
-    return str(label) if plain else label_path(label)
+    return label if plain else label_path(label)
 
 
 def _choose(
-    spec: DatasetSpec, folder: Path, found: Mapping[str, Path], names: Sequence[str], suffix: str, kind: str
-) -> list[Path]:
+    spec: DatasetSpec, folder: Path, found: Mapping[str, str], names: Sequence[str], suffix: str, kind: str
+) -> list[str]:
     """The file of each listed name: by its path below the folder, or by its last part where only one file has it."""
-    by_last: dict[str, list[Path]] = {}
+    by_last: dict[str, list[str]] = {}
     for key, path in found.items():
-        by_last.setdefault(PurePosixPath(key).name, []).append(path)
+        by_last.setdefault(_last(key), []).append(path)
     problems, chosen = Problems(subject(spec)), []
     for name in names:
         key = _key(name, suffix)
-        same = [found[key]] if key in found else by_last.get(PurePosixPath(key).name, [])
+        same = [found[key]] if key in found else by_last.get(_last(key), [])
         if not same:
-            text = f"LIST has {PurePosixPath(key).name!r}, but {folder} has no {kind} of that name."
+            text = f"LIST has {_last(key)!r}, but {folder} has no {kind} of that name."
             problems.add(f"listed names without {kind}", text)
         elif len(same) > 1:
             text = f"LIST has {name!r}, which may be {same[0]} or {same[1]}: give its path below {folder}."
@@ -183,7 +186,7 @@ def _choose(
     return chosen
 
 
-def _check_labels(spec: DatasetSpec, folder: Path, images: Mapping[str, Path], labels: Mapping[str, Path]) -> None:
+def _check_labels(spec: DatasetSpec, folder: Path, images: Mapping[str, str], labels: Mapping[str, str]) -> None:
     problems = Problems(subject(spec))
     for name in sorted(labels.keys() - images.keys()):
         text = f"{labels[name]} has no image, but one named {name} is expected in {folder}."
