@@ -95,6 +95,11 @@ def test_several_labels(text: str, tmp_path: Path) -> None:
     assert MetadataCatalog.get("x_list").evaluator_type == "multi_label"
 
 
+def test_a_lone_label_with_a_space_among_several_with_semicolons(tmp_path: Path) -> None:
+    found = listed(tmp_path, "a.jpg,heron;grey stork\nb.jpg,grey stork\n", SEVERAL)
+    assert found == [("a.jpg", ["grey stork", "heron"]), ("b.jpg", ["grey stork"])]
+
+
 def test_several_labels_in_a_text_file(tmp_path: Path) -> None:
     found = listed(tmp_path, "a.jpg heron stork\nb.jpg stork\n", SEVERAL)
     assert found == [("a.jpg", ["heron", "stork"]), ("b.jpg", ["stork"])]

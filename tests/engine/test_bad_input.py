@@ -68,6 +68,14 @@ def voc_source(project):
     set_source(project, "boxes", TRAIN=["t_voc"], TEST=[])
 
 
+def voc_without_what_its_evaluation_reads(project):
+    voc_source(project)
+    item = "<object><name>cat</name><bndbox><xmin>1</xmin><ymin>1</ymin><xmax>9</xmax><ymax>9</ymax></bndbox></object>"
+    text = f"<annotation><size><width>64</width><height>64</height></size>{item}</annotation>"
+    (project.root / "data/voc/Annotations/a.xml").write_text(text)
+    set_source(project, "boxes", TEST=["t_voc"])
+
+
 def dilated_neighbour(project):
     """A second head of the detection task that wants another stride of res5."""
     record = dict(project.content["XLEARNER"]["SOURCES"]["boxes"])
@@ -78,6 +86,10 @@ def dilated_neighbour(project):
 
 
 CASES = {
+    "annotation that Pascal VOC's evaluation cannot read": (
+        voc_without_what_its_evaluation_reads,
+        r"SOURCES\.boxes\.TEST: .*a\.xml: Pascal VOC evaluation needs name, pose, truncated",
+    ),
     "unknown data set": (
         lambda p: set_source(p, "pics", TRAIN=["t_pic"]),
         r"SOURCES\.pics\.TRAIN names the unknown data set 't_pic'\. Did you mean 't_pics'\?",

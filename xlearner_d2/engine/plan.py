@@ -12,7 +12,7 @@ from detectron2.config import CfgNode
 from ..config import SHARING, STAGES, STEPS
 from ..data.balance import build_stream, share_images
 from ..data.sources import SourceData, load_records, register_sources, source_data
-from ..evaluation.build import EVALUATED, evaluator_type
+from ..evaluation.build import EVALUATED, check_evaluation, evaluator_type
 from ..extensions import import_modules
 from ..modeling.distill import DISTANCES, NORMALISERS
 from ..modeling.expanded import STAGES as RESNET_STAGES
@@ -267,6 +267,17 @@ def _balance(
     return [replace(source, ims_per_batch=shares[source.name]) for source in sources], {}
 
 
+def _check_tests(source: SourceSpec, head: CfgNode) -> list[str]:
+    """Found now, as test sets are evaluated after hours of training."""
+    problems = []
+    for name in source.test:
+        try:
+            check_evaluation(name, head)
+        except ValueError as error:
+            problems.append(f"XLEARNER.SOURCES.{source.name}.TEST: {error}")
+    return problems
+
+
 def make_plan(cfg: CfgNode, *, world_size: int) -> Plan:
     """Validate a config and its data.
 
@@ -301,6 +312,7 @@ def make_plan(cfg: CfgNode, *, world_size: int) -> Plan:
     for source in sources:
         with _collect(problems):
             problems += _check_head(source, heads[source.name], world_size)
+            problems += _check_tests(source, heads[source.name])
             build_stream(source, heads[source.name], data[source.name].train, seed=0)
             problems += check_norm(heads[source.name], f"XLEARNER.SOURCES.{source.name}: MODEL", world_size)
     if problems:

@@ -337,6 +337,16 @@ def evaluator_type(dataset_name: str, head: CfgNode | None = None) -> str | None
     return MetadataCatalog.get(dataset_name).get("evaluator_type", None)
 
 
+def check_evaluation(dataset_name: str, head: CfgNode | None = None) -> None:
+    """See that the annotations of a data set have what its evaluation reads, where its registration need not do so.
+
+    Raises:
+        ValueError: as :func:`build_evaluator`.
+    """
+    if evaluator_type(dataset_name, head) == "pascal_voc":
+        PresentClassesVOCEvaluator(dataset_name)
+
+
 def build_evaluator(dataset_name: str, *, output_dir: str | None, head: CfgNode | None = None) -> DatasetEvaluator:
     """Build the evaluator that ``evaluator_type`` of a data set's metadata asks for.
 

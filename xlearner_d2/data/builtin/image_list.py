@@ -97,6 +97,9 @@ def _read_rows(spec: DatasetSpec, file: Path) -> list[Row]:
     if not cells:
         raise fail(spec, f"LIST: {file} has no image, but one a line is expected, followed by its label.")
     path_column, label_column = _find_columns(spec, file, header, len(cells[0][1]))
+    separator = None
+    if spec.multi_label:  # one for the whole file, as a lone label may be a name with a space
+        separator = ";" if any(";" in row[label_column] for _, row in cells if len(row) > label_column) else " "
     problems, seen, rows = Problems(subject(spec)), dict[str, int](), []
     for line, row in cells:
         if len(row) <= max(path_column, label_column) or not row[path_column]:
@@ -105,7 +108,7 @@ def _read_rows(spec: DatasetSpec, file: Path) -> list[Row]:
             )
             problems.add("malformed lines", f"{file}, line {line}: got {row}, but {expected}.")
             continue
-        path, labels = row[path_column], _split_labels(spec, row[label_column])
+        path, labels = row[path_column], _split_labels(row[label_column], separator)
         if path in seen:
             problems.add("repeated images", f"{file}, line {line}: {path} is in line {seen[path]} already.")
         if not labels and not spec.multi_label:
@@ -116,10 +119,11 @@ def _read_rows(spec: DatasetSpec, file: Path) -> list[Row]:
     return rows
 
 
-def _split_labels(spec: DatasetSpec, cell: str) -> tuple[str, ...]:
-    if not spec.multi_label:
+def _split_labels(cell: str, separator: str | None) -> tuple[str, ...]:
+    """The labels of a cell: one, unless there is a separator; that may be a space, which stands for any number."""
+    if separator is None:
         return (cell,) if cell else ()
-    parts = cell.split(";") if ";" in cell else cell.split()
+    parts = cell.split(separator) if separator.strip() else cell.split()
     return tuple(part.strip() for part in parts if part.strip())
 
 
