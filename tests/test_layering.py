@@ -25,7 +25,7 @@ ALLOWED: dict[str, set[str]] = {
     "data.check": {"data.problems", "data.files", "data.check_pixels"},
     "data.check_pixels": {"extensions", "data.depth"},
     "data.sources": {"specs", "data.builtin", "data.check", "data.proposals"},
-    "data.mappers": {"specs", "data.files", "data.classification", "data.depth", "data.panoptic"},
+    "data.mappers": {"specs", "data.files", "data.classification", "data.depth", "data.panoptic", "data.rotated"},
     "data.streams": set(),
     "data.balance": {"specs", "data.streams"},
     "data.samplers": {"data.streams"},

@@ -21,6 +21,7 @@ from . import files as files  # images in tar files and labels with a palette ar
 from .classification import build_classification_mapper
 from .depth import build_depth_mapper
 from .panoptic import build_panoptic_deeplab_mapper, build_panoptic_mapper
+from .rotated import RotatedMapper, has_rotated_boxes
 
 Record = dict[str, Any]
 Mapper = Callable[[Record], Record]
@@ -54,7 +55,7 @@ def build_mapper(head: CfgNode, *, is_train: bool) -> Mapper:
 
 
 def _detectron2_mapper(head: CfgNode, *, is_train: bool) -> Mapper:
-    return DatasetMapper(head, is_train=is_train)
+    return (RotatedMapper if has_rotated_boxes(head) else DatasetMapper)(head, is_train=is_train)
 
 
 def _third_party_mapper(head: CfgNode) -> Mapper:

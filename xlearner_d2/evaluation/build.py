@@ -16,7 +16,12 @@ import numpy as np
 from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog, Metadata, MetadataCatalog
 from detectron2.data.datasets.coco import convert_to_coco_json
-from detectron2.evaluation import DatasetEvaluator, PascalVOCDetectionEvaluator, SemSegEvaluator
+from detectron2.evaluation import (
+    DatasetEvaluator,
+    PascalVOCDetectionEvaluator,
+    RotatedCOCOEvaluator,
+    SemSegEvaluator,
+)
 from detectron2.evaluation.coco_evaluation import COCOeval, COCOeval_opt
 from detectron2.evaluation.pascal_voc_evaluation import parse_rec
 from detectron2.utils.file_io import PathManager
@@ -24,6 +29,7 @@ from PIL import Image
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import Params
 
+from ..data.rotated import has_rotated_boxes
 from .classification import ClassificationEvaluator
 from .depth import DepthEvaluator
 from .fast_coco import FastCOCOEvaluator
@@ -273,6 +279,8 @@ def read_labels(file_name: str, dtype: Any = int, *, num_classes: int, ignore_la
 def _build_coco(name: str, meta: Metadata, output_dir: str | None, head: CfgNode | None) -> DatasetEvaluator:
     if "json_file" not in meta.as_dict():
         meta.json_file = _write_coco_json(name)
+    if head is not None and has_rotated_boxes(head):
+        return RotatedCOCOEvaluator(name, output_dir=output_dir, use_fast_impl=False, allow_cached_coco=False)
     return QuietCOCOEvaluator(name, output_dir=output_dir, keypoint_sigmas=_keypoint_sigmas(meta, head))
 
 
