@@ -140,7 +140,8 @@ def test_every_behaviour_learns_and_predicts(cfg: CfgNode, batch: list[dict[str,
 def test_deformable_convolutions_are_those_of_the_replaced_resnet(
     cfg: CfgNode, config: str, caplog: pytest.LogCaptureFixture
 ) -> None:
-    head_config(source(config), cfg)
+    # Each message is logged once, so under another name than that of the tests above.
+    head_config(source(config), cfg, where="XLEARNER.SOURCES.deformed")
     assert "deformable convolutions" in caplog.text
     assert "DEFORM_ON_PER_STAGE" in caplog.text
 
