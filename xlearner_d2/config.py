@@ -40,6 +40,9 @@ def add_xlearner_config(cfg: CfgNode) -> None:
     # steps then take minutes.
     x.COMPILE = ""
 
+    # Project on Weights & Biases to log to as well; "" for none. Needs the package wandb.
+    x.WANDB = ""
+
     # joint: every step draws from every source. alternating: from one source, in turn; so little memory is needed, but
     # the steps of a source are fewer.
     x.STEPS = "joint"
@@ -103,6 +106,9 @@ def add_xlearner_config(cfg: CfgNode) -> None:
     # Batches of the source mix, each of images of one size, over which the student's BN statistics are estimated at
     # the end; 0 keeps the running averages.
     q.BN_RECALIBRATION_BATCHES = 50
+    # Export a running average of the student's weights instead of the last ones, with this decay, approached from 0
+    # as 1 - step^(-2/3); 0 turns it off, 0.999 or 0.9999 are common.
+    q.EMA_DECAY = 0.0
     # Keys of SOLVER with other values in the squeeze stage.
     q.SOLVER = CfgNode(new_allowed=True)
 

@@ -14,7 +14,8 @@ from detectron2.modeling import build_model
 from detectron2.modeling.backbone.resnet import ResNet
 from torch import Tensor, nn
 
-from xlearner_d2.checkpoint.export import export_student, save_atomically
+from xlearner_d2.checkpoint.export import export_student
+from xlearner_d2.checkpoint.files import save_atomically
 from xlearner_d2.checkpoint.load import load_resnet, read_checkpoint
 from xlearner_d2.checkpoint.training import TrainingCheckpointer
 from xlearner_d2.modeling.expanded import build_branch

@@ -1,28 +1,15 @@
 """What leaves the project: the student as a Detectron2 checkpoint, and the expanded model with its own description."""
 
-import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import torch
 from detectron2.config import CfgNode
 from torch import nn
 
 from ..specs import TaskSpec
-
-
-def save_atomically(data: Mapping[str, Any], path: str | Path) -> None:
-    """Write a checkpoint so that ``path`` is at any time either absent, the old file, or the whole new one."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f".{path.name}.part")
-    with part.open("wb") as file:
-        torch.save(dict(data), file)
-        file.flush()
-        os.fsync(file.fileno())
-    part.replace(path)
+from .files import save_atomically
 
 
 def input_convention(cfg: CfgNode) -> dict[str, Any]:

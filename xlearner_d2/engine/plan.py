@@ -1,5 +1,6 @@
 """Everything a run needs, validated as a whole before anything is trained or written."""
 
+import importlib.util
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -103,6 +104,11 @@ def _check_squeeze(cfg: CfgNode) -> list[str]:
         problems.append(f"XLEARNER.SQUEEZE.HINT_WEIGHT is {squeeze.HINT_WEIGHT}, but {wish}.")
     if squeeze.HINT_WEIGHT == 0 and not squeeze.TASK_LOSSES:
         problems.append("XLEARNER.SQUEEZE.HINT_WEIGHT is 0, so the student learns nothing unless TASK_LOSSES is True.")
+    if not 0 <= squeeze.EMA_DECAY < 1:
+        problems.append(f"XLEARNER.SQUEEZE.EMA_DECAY is {squeeze.EMA_DECAY}, but 0 to below 1 is expected.")
+    if squeeze.EMA_DECAY and not squeeze.BN_RECALIBRATION_BATCHES:
+        wish = "averaged weights need statistics of their own: set XLEARNER.SQUEEZE.BN_RECALIBRATION_BATCHES above 0"
+        problems.append(f"XLEARNER.SQUEEZE.EMA_DECAY is {squeeze.EMA_DECAY}, but {wish}.")
     for key in squeeze.SOLVER:
         if key not in cfg.SOLVER:
             problems.append(f"XLEARNER.SQUEEZE.SOLVER has the unknown key {key!r}.{nearest(key, cfg.SOLVER)}")
@@ -147,6 +153,9 @@ def _check_settings(cfg: CfgNode, world_size: int) -> list[str]:
         problems.append(f"MODEL.DEVICE is {cfg.MODEL.DEVICE!r}, but this machine has no usable GPU. Set it to cpu.")
     if cfg.MODEL.WEIGHTS and "://" not in cfg.MODEL.WEIGHTS and not Path(cfg.MODEL.WEIGHTS).is_file():
         problems.append(f"MODEL.WEIGHTS: there is no file {cfg.MODEL.WEIGHTS}.")
+    if cfg.XLEARNER.WANDB and importlib.util.find_spec("wandb") is None:
+        wish = "the package wandb is not installed: pip install wandb, or leave the setting empty"
+        problems.append(f"XLEARNER.WANDB is {cfg.XLEARNER.WANDB!r}, but {wish}.")
     if cfg.SOLVER.OPTIMIZER not in OPTIMIZERS:
         known = ", ".join(OPTIMIZERS)
         problems.append(f"SOLVER.OPTIMIZER is {cfg.SOLVER.OPTIMIZER!r}, but one of {known} is expected.")

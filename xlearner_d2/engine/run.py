@@ -15,6 +15,7 @@ from detectron2.utils import comm
 from detectron2.utils.logger import setup_logger
 from tabulate import tabulate
 
+from ..checkpoint.files import write_atomically
 from ..checkpoint.load import load_strictly, read_checkpoint
 from ..data.mappers import build_mapper
 from ..evaluation.trivial import trivial_metrics
@@ -24,6 +25,7 @@ from .evaluate import SourceResults, evaluate_sources, probe_student
 from .explain import explain
 from .plan import STUDENT_FILE, Plan, check_expanded, check_output, expanded_file, make_plan
 from .squeeze import squeeze
+from .stopping import ending_on_signals, stopping_when_full
 from .trainer import expand
 from .workers import describe_workers, wait_for_all
 
@@ -50,10 +52,16 @@ def run(cfg: CfgNode, args: argparse.Namespace) -> dict[str, Any]:
 
     Raises:
         ConfigError: before anything is written, see :func:`validate`.
+        RunStopped: when a signal or a full disk ends the run, or a loss is not finite.
     """
-    plan, description = validate(cfg, args, world_size=comm.get_world_size())
-    wait_for_all()  # nothing is written before every worker has found the config and the data to be as needed
-    _set_up(plan, args, description)
+    with ending_on_signals(), stopping_when_full():
+        plan, description = validate(cfg, args, world_size=comm.get_world_size())
+        wait_for_all()  # nothing is written before every worker has found the config and the data to be as needed
+        _set_up(plan, args, description)
+        return _run(plan, args)
+
+
+def _run(plan: Plan, args: argparse.Namespace) -> dict[str, Any]:
     model = _load_expanded(plan) if args.eval_only else _train(plan, resume=args.resume)
     metrics: dict[str, Any] = {}
     if model is not None:
@@ -65,7 +73,7 @@ def run(cfg: CfgNode, args: argparse.Namespace) -> dict[str, Any]:
         path = Path(plan.cfg.OUTPUT_DIR) / "metrics.json"
         if path.is_file():  # of a stage that was run before
             metrics = {**json.loads(path.read_text()), **metrics}
-        path.write_text(json.dumps(metrics, indent=2) + "\n")
+        write_atomically(json.dumps(metrics, indent=2) + "\n", path)
         logger.info(f"All results are in {path}.")
     wait_for_all()
     return metrics
@@ -77,8 +85,9 @@ def _set_up(plan: Plan, args: argparse.Namespace, description: str) -> None:
     if comm.is_main_process():
         os.makedirs(folder, exist_ok=True)
         if not args.eval_only:
-            (Path(folder) / "config.yaml").write_text(plan.cfg.dump())
+            write_atomically(plan.cfg.dump(), Path(folder) / "config.yaml")
     comm.synchronize()
+    logging.raiseExceptions = False  # a log that cannot be written must not hide why
     for name in ("fvcore", "detectron2", "xlearner_d2"):
         setup_logger(folder, distributed_rank=comm.get_rank(), name=name).setLevel(logging.INFO)
     for handler in logging.getLogger("detectron2").handlers:

@@ -1,19 +1,19 @@
 """The squeeze stage: a hook that distils the expanded backbone into a plain ResNet, and what it needs to run alone."""
 
 import logging
-from collections.abc import Iterable, Iterator
-from contextlib import nullcontext
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, cast
 
 import torch
-from detectron2.engine import HookBase, SimpleTrainer, TrainerBase, hooks
+from detectron2.engine import HookBase, TrainerBase, hooks
 from detectron2.modeling import build_model
 from detectron2.modeling.backbone.resnet import ResNet
 from detectron2.solver import build_lr_scheduler
 from detectron2.utils import comm
 from detectron2.utils.env import seed_all_rng
 from fvcore.nn.precise_bn import update_bn_stats
+from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 
 from ..checkpoint.export import export_student
@@ -24,9 +24,12 @@ from ..modeling import XLearner
 from ..modeling.distill import Distiller, matched_stages
 from ..modeling.expanded import TRUNK, build_branch
 from ..modeling.weighting import weights_of
+from .failure import stop_at_failure
+from .norm_statistics import WorkerStatistics, share_norm_statistics
 from .optimizer import make_optimizer
 from .plan import STUDENT_FILE, Plan, expanded_file, squeeze_config, student_config
-from .trainer import StepSeed, build_loader, build_step_trainer, common_hooks, resume, share_norm_statistics, weigh
+from .steps import StepTrainer
+from .trainer import StepSeed, build_loader, build_step_trainer, resume, stage_hooks, weigh
 from .workers import wait_for_all
 
 logger = logging.getLogger(__name__)
@@ -39,74 +42,77 @@ class SqueezeHook(HookBase):
     :class:`Distiller`. All state is in :meth:`state_dict`, so the outer trainer's checkpoints hold it.
 
     Args:
-        scope: prefix of what is logged, to tell it from what the outer trainer logs.
         trainer: steps a distiller with an optimiser and batches of its own.
         scheduler: of that optimiser's learning rate, stepped once a step.
         recalibration: loader of the images over which the student's BN statistics are estimated at the end.
         recalibration_batches: how many batches of them; 0 keeps the running averages.
         export: called with the student at the end.
+        average: running average of the student's weights, which is exported instead of the student; None for none.
     """
 
     def __init__(
         self,
         *,
-        scope: str,
-        trainer: SimpleTrainer,
+        trainer: StepTrainer,
         scheduler: Any,
         recalibration: Iterable[Any],
         recalibration_batches: int,
-        export: Any,
+        export: Callable[[nn.Module], None],
+        average: ModelEmaV3 | None = None,
     ):
-        self.scope = scope
         self.inner = trainer
         self.scheduler = scheduler
         self.recalibration = recalibration
         self.recalibration_batches = recalibration_batches
         self.export = export
+        self.average = average
 
     @property
     def distiller(self) -> Distiller:
-        return getattr(self._weighed, "model", self._weighed)
-
-    @property
-    def _weighed(self) -> Any:
-        """The distiller, or what weighs its losses."""
-        return getattr(self.inner.model, "module", self.inner.model)
+        return getattr(self.inner.module, "model", self.inner.module)  # without what weighs its losses
 
     def after_step(self) -> None:
         self.inner.iter = self.trainer.iter
-        with self.trainer.storage.name_scope(self.scope) if self.scope else nullcontext():
-            self.trainer.storage.put_scalar("lr", self.inner.optimizer.param_groups[0]["lr"], smoothing_hint=False)
-            self.inner.run_step()
+        rate = self.inner.optimizer.param_groups[0]["lr"]
+        self.trainer.storage.put_scalar(f"{self.inner.scope}lr", rate, smoothing_hint=False)
+        self.inner.run_step()
         self.scheduler.step()
+        if self.average is not None:
+            self.average.update(self.distiller.student, step=self.trainer.iter)
 
     def after_train(self) -> None:
         if self.trainer.iter < self.trainer.max_iter:
             return  # stopped early: the checkpoint holds the state, there is nothing to export yet
-        recalibrate(self.distiller, self.recalibration, self.recalibration_batches)
-        share_norm_statistics(self.distiller.student)
+        student = self.distiller.student if self.average is None else self.average.module
+        recalibrate(student, self.distiller.teacher, self.recalibration, self.recalibration_batches)
+        share_norm_statistics(student)
         if comm.is_main_process():
-            self.export(self.distiller.student)
+            self.export(student)
         wait_for_all()
 
     def state_dict(self) -> dict[str, Any]:
         trainer = self.inner.state_dict()
         trainer.pop("iteration")
-        weights = {name: of.state_dict() for name, of in weights_of(self._weighed).items()}
+        weights = {name: of.state_dict() for name, of in weights_of(self.inner.module).items()}
+        average = {} if self.average is None else {"average": self.average.module.state_dict()}
         return {
             "distiller": self.distiller.state_dict(),
             "scheduler": self.scheduler.state_dict(),
             "weights": weights,
+            **average,
             **trainer,
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        load_strictly(self.distiller, state["distiller"], path="the squeeze stage's checkpoint")
+        where = "the squeeze stage's checkpoint"
+        load_strictly(self.distiller, state["distiller"], path=where)
+        if self.average is not None:
+            load_strictly(self.average.module, state.get("average", {}), path=f"{where} (XLEARNER.SQUEEZE.EMA_DECAY)")
         self.scheduler.load_state_dict(state["scheduler"])
-        for name, of in weights_of(self._weighed).items():
+        for name, of in weights_of(self.inner.module).items():
             of.load_state_dict(state["weights"][name])
-        trainer = {key: value for key, value in state.items() if key not in ("distiller", "scheduler", "weights")}
-        self.inner.load_state_dict({"iteration": 0, **trainer})
+        own = ("distiller", "scheduler", "weights", "average")
+        self.inner.load_state_dict({"iteration": 0, **{key: value for key, value in state.items() if key not in own}})
 
 
 class HookTrainer(TrainerBase):
@@ -117,25 +123,26 @@ class HookTrainer(TrainerBase):
 
 
 @torch.no_grad()
-def recalibrate(distiller: Distiller, loader: Iterable[Any], count: int) -> None:
+def recalibrate(student: nn.Module, teacher: XLearner, loader: Iterable[Any], count: int) -> None:
     """Replace the running averages of the student's BN by its statistics over batches of the source mix.
 
     Args:
+        teacher: knows how the sources' images are prepared and grouped.
         loader: gives ``{source: records}``; the images of one size among them are one batch.
         count: number of such batches.
     """
     if not count:
         return
-    training = distiller.training
-    distiller.student.train()
+    training = student.training
+    student.train()
 
     def images() -> Iterator[Tensor]:
         for batches in loader:
-            yield from (group.images for group in distiller.teacher.image_groups(batches, together=True))
+            yield from (group.images for group in teacher.image_groups(batches, together=True))
 
-    with distiller.teacher.autocast():
-        update_bn_stats(distiller.student, images(), count)
-    distiller.train(training)
+    with teacher.autocast():
+        update_bn_stats(student, images(), count)
+    student.train(training)
 
 
 def build_learner(plan: Plan, teacher: XLearner, *, scope: str = "") -> XLearner:
@@ -227,13 +234,15 @@ def build_squeeze_hook(
         export_student(student, student_config(plan.cfg), path)
         logger.info(f"The student is in {path}: give it to MODEL.WEIGHTS of any Detectron2 config of its depth.")
 
+    trainer = build_step_trainer(cfg, weighed, batches, optimizer, scope=scope)
+    trainer.on_non_finite = stop_at_failure(plan, "squeeze", {"expand": teacher, "squeeze": weighed})
     return SqueezeHook(
-        scope=scope,
-        trainer=build_step_trainer(cfg, weighed, batches, optimizer),
+        trainer=trainer,
         scheduler=build_lr_scheduler(cfg, optimizer),
         recalibration=build_loader(plan, seed_offset=1),
         recalibration_batches=squeeze.BN_RECALIBRATION_BATCHES,
         export=export,
+        average=ModelEmaV3(student, decay=squeeze.EMA_DECAY, use_warmup=True) if squeeze.EMA_DECAY else None,
     )
 
 
@@ -258,8 +267,11 @@ def squeeze(plan: Plan, *, resume_run: bool) -> None:
     hook = build_squeeze_hook(plan, teacher, loader, max_iter=max_iter)
     trainer = HookTrainer()
     trainer.register_hooks([StepSeed(max(plan.cfg.SEED, 0)), hook, hooks.IterationTimer()])  # the timer times the hook
-    checkpointer = TrainingCheckpointer(hook.distiller.student, str(folder), trainer=trainer)
-    trainer.register_hooks(common_hooks(plan.cfg, checkpointer, folder, max_iter=max_iter))
+    statistics = WorkerStatistics([hook.distiller])
+    checkpointer = TrainingCheckpointer(
+        hook.distiller.student, str(folder), trainer=trainer, worker_statistics=statistics
+    )
+    trainer.register_hooks(stage_hooks(plan.cfg, checkpointer, folder, max_iter=max_iter))
     start = resume(trainer, checkpointer, wanted=resume_run)
     start_at(loader, start)
     trainer.train(start, max_iter)

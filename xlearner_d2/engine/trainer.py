@@ -3,16 +3,16 @@
 import logging
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from detectron2.config import CfgNode
-from detectron2.engine import AMPTrainer, HookBase, SimpleTrainer, TrainerBase, hooks
-from detectron2.engine.defaults import default_writers
+from detectron2.engine import HookBase, TrainerBase, hooks
 from detectron2.modeling import build_model
 from detectron2.solver import build_lr_scheduler
 from detectron2.utils import comm
 from detectron2.utils.env import seed_all_rng
+from detectron2.utils.events import EventWriter
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
@@ -23,10 +23,19 @@ from ..checkpoint.training import TrainingCheckpointer
 from ..data.loader import build_joint_train_loader, start_at
 from ..modeling import XLearner
 from ..modeling.weighting import weigh_losses, weights_of
+from .checkpoints import Checkpoints
 from .evaluate import SourceResults, evaluate_sources
+from .failure import stop_at_failure
+from .norm_statistics import WorkerStatistics, share_norm_statistics
 from .optimizer import make_optimizer
 from .plan import EXPANDED_FILE, Plan
+from .steps import AMPStepTrainer, StepTrainer
+from .stopping import stopping_when_full
+from .watch import Watch, make_writers
 from .workers import wait_for_all
+
+if TYPE_CHECKING:
+    from .squeeze import SqueezeHook
 
 logger = logging.getLogger(__name__)
 
@@ -41,7 +50,12 @@ class StepSeed(HookBase):
         self.seed = seed
 
     def before_step(self) -> None:
-        seed_all_rng((self.seed * 1_000_003 + self.trainer.iter * 10_007 + comm.get_rank()) % 2**31)
+        seed_step(self.seed, self.trainer.iter, rank=comm.get_rank())
+
+
+def seed_step(seed: int, step: int, *, rank: int) -> None:
+    """Seed every random generator for one step of one worker."""
+    seed_all_rng((seed * 1_000_003 + step * 10_007 + rank) % 2**31)
 
 
 class LatestBatch:
@@ -77,26 +91,18 @@ def distributed(model: nn.Module, *, alternating: bool) -> nn.Module:
     )
 
 
-@torch.no_grad()
-def share_norm_statistics(model: nn.Module) -> None:
-    """Average the running statistics of norm layers over all workers, each of which has seen its own images.
+def build_step_trainer(
+    cfg: CfgNode, model: nn.Module, loader: Any, optimizer: torch.optim.Optimizer, *, scope: str = ""
+) -> StepTrainer:
+    """The trainer of one model: with mixed precision and loss scaling on GPUs where AMP is on.
 
-    What is saved, by the main worker, is then what all workers evaluate.
+    Args:
+        scope: prefix of what it logs.
     """
-    if comm.get_world_size() == 1:
-        return
-    for name, buffer in model.named_buffers():
-        if name.endswith(("running_mean", "running_var")):
-            torch.distributed.all_reduce(buffer)
-            buffer /= comm.get_world_size()
-
-
-def build_step_trainer(cfg: CfgNode, model: nn.Module, loader: Any, optimizer: torch.optim.Optimizer) -> SimpleTrainer:
-    """Detectron2's trainer for one model: with mixed precision and loss scaling on GPUs where AMP is on."""
     on_gpu = next(model.parameters()).is_cuda
-    kind = AMPTrainer if cfg.SOLVER.AMP.ENABLED and on_gpu else SimpleTrainer
+    kind = AMPStepTrainer if cfg.SOLVER.AMP.ENABLED and on_gpu else StepTrainer
     alternating = cfg.XLEARNER.STEPS == "alternating"
-    return kind(distributed(model, alternating=alternating), loader, optimizer)
+    return kind(distributed(model, alternating=alternating), loader, optimizer, scope=scope)
 
 
 def weigh(plan: Plan, model: nn.Module) -> nn.Module:
@@ -137,24 +143,23 @@ def initialise_branches(model: XLearner, weights: str) -> None:
 
 
 def resume(trainer: TrainerBase, checkpointer: TrainingCheckpointer, *, wanted: bool) -> int:
-    """Load the last checkpoint when it is wanted and there is one; return the step to start with."""
-    if not wanted or not checkpointer.has_checkpoint():
+    """Load the last whole checkpoint when it is wanted and there is one; return the step to start with."""
+    found = checkpointer.load_last() if wanted else None
+    if found is None:
         return 0
-    checkpointer.load(checkpointer.get_checkpoint_file())
-    logger.info(f"Resuming after step {trainer.iter} of {checkpointer.save_dir}.")
+    logger.info(f"Resuming after step {trainer.iter + 1}, from {found}.")
     return trainer.iter + 1
 
 
-def common_hooks(cfg: CfgNode, checkpointer: TrainingCheckpointer, folder: Path, *, max_iter: int) -> list[HookBase]:
-    """Hooks that close a stage's list: checkpoints, then writers, which report what all others logged."""
-    if not comm.is_main_process():
-        return []
-    period = cfg.SOLVER.CHECKPOINT_PERIOD
-    writers = default_writers(str(folder), max_iter)
-    return [
-        hooks.PeriodicCheckpointer(checkpointer, period, max_to_keep=2),
-        hooks.PeriodicWriter(writers, period=20),
-    ]
+def stage_hooks(cfg: CfgNode, checkpointer: TrainingCheckpointer, folder: Path, *, max_iter: int) -> list[HookBase]:
+    """Hooks that close a stage's list: what all others logged is written, then all that they hold is saved."""
+
+    def writers(written: int) -> list[EventWriter]:
+        if not comm.is_main_process():
+            return []
+        return make_writers(folder, max_iter=max_iter, written=written, wandb_project=cfg.XLEARNER.WANDB)
+
+    return [Watch(writers), Checkpoints(checkpointer, period=cfg.SOLVER.CHECKPOINT_PERIOD)]
 
 
 def finished(plan: Plan, stage: str, result: str) -> bool:
@@ -180,20 +185,29 @@ def expand(plan: Plan, *, resume_run: bool) -> XLearner:
 
     def evaluate() -> SourceResults:
         share_norm_statistics(model)
-        return evaluate_sources(model, plan)
+        with stopping_when_full():
+            return evaluate_sources(model, plan)
 
     trainer = build_step_trainer(cfg, weighed, latest, optimizer)
+    trainer.on_non_finite = stop_at_failure(plan, "expand", {"expand": weighed})
+    squeezing = _online_squeeze(plan, model, latest)
     trainer.register_hooks(
         [
             StepSeed(max(cfg.SEED, 0)),  # first: everything after it may draw random numbers
             hooks.LRScheduler(optimizer, build_lr_scheduler(cfg, optimizer)),
-            *_online_squeeze(plan, model, latest),  # learns from the branches as this step left them
+            *squeezing,  # learns from the branches as this step left them
             hooks.IterationTimer(),  # times the squeeze as well
             hooks.EvalHook(cfg.TEST.EVAL_PERIOD, evaluate, eval_after_train=False),
         ]
     )
-    checkpointer = TrainingCheckpointer(model, str(folder), trainer=trainer, **weights_of(weighed))
-    trainer.register_hooks(common_hooks(cfg, checkpointer, folder, max_iter=cfg.SOLVER.MAX_ITER))
+    checkpointer = TrainingCheckpointer(
+        model,
+        str(folder),
+        trainer=trainer,
+        worker_statistics=WorkerStatistics([model, *(hook.distiller for hook in squeezing)]),
+        **weights_of(weighed),
+    )
+    trainer.register_hooks(stage_hooks(cfg, checkpointer, folder, max_iter=cfg.SOLVER.MAX_ITER))
     start = resume(trainer, checkpointer, wanted=resume_run)
     start_at(loader, start)
     trainer.train(start, cfg.SOLVER.MAX_ITER)
@@ -205,7 +219,7 @@ def expand(plan: Plan, *, resume_run: bool) -> XLearner:
     return model
 
 
-def _online_squeeze(plan: Plan, model: XLearner, latest: LatestBatch) -> list[HookBase]:
+def _online_squeeze(plan: Plan, model: XLearner, latest: LatestBatch) -> "list[SqueezeHook]":
     if not plan.cfg.XLEARNER.SQUEEZE.ONLINE:
         return []
     from .squeeze import build_squeeze_hook

@@ -1,0 +1,38 @@
+"""When a stage saves its state: every so many steps, at the end, and when a signal asks it to stop."""
+
+from detectron2.engine import HookBase
+from detectron2.utils import comm
+
+from ..checkpoint.training import TrainingCheckpointer
+from .stopping import RunStopped, StopSignals, exit_code, name_of, stopping_when_full
+
+
+class Checkpoints(HookBase):
+    """Save what resuming needs. The last of a stage's hooks, as it saves what the others have made of the step.
+
+    Args:
+        checkpointer: of the stage.
+        period: in steps.
+    """
+
+    def __init__(self, checkpointer: TrainingCheckpointer, *, period: int):
+        self.checkpointer = checkpointer
+        self.period = period
+        self.signals = StopSignals()
+
+    def before_train(self) -> None:
+        self.signals.install()
+
+    def after_step(self) -> None:
+        step, stop = self.trainer.iter, self.signals.agreed()
+        last = step + 1 == self.trainer.max_iter
+        if last or stop or (step + 1) % self.period == 0:
+            with stopping_when_full():
+                self.checkpointer.save("model_final" if last else f"model_{step:07d}")
+        if stop:
+            done = f"Stopped by {name_of(stop)} after step {step + 1} of {self.trainer.max_iter}"
+            kept = f"its state is in {self.checkpointer.get_checkpoint_file()}. Add --resume to go on from there."
+            raise RunStopped(f"{done}; {kept}" if comm.is_main_process() else "", code=exit_code(stop))
+
+    def after_train(self) -> None:
+        self.signals.restore()

@@ -1,0 +1,204 @@
+"""Detectron2's trainers, with losses that are checked and logged without making the device wait."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from detectron2.engine import AMPTrainer, SimpleTrainer
+from detectron2.utils import comm
+from detectron2.utils.events import get_event_storage
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from .norm_statistics import norm_statistics
+
+
+@dataclass(frozen=True, kw_only=True)
+class NonFiniteLoss:
+    """A step that went wrong, as it was before the optimiser could spoil the weights.
+
+    Attributes:
+        step: its number, from 0.
+        losses: by name, those that were computed.
+        reason: in words.
+        batch: what the model was given.
+        model: in training, not wrapped; its weights are those of the step.
+        statistics: running statistics of its norm layers before the step.
+    """
+
+    step: int
+    losses: Mapping[str, float]
+    reason: str
+    batch: Any
+    model: nn.Module
+    statistics: Mapping[str, Tensor]
+
+
+def _raise(found: NonFiniteLoss) -> None:
+    raise FloatingPointError(found.reason)
+
+
+class _EarlyCopy:
+    """Numbers on their way from the device, asked for before the backward pass is queued.
+
+    Waiting for them afterwards waits for the forward pass alone, while the device has the backward pass to do.
+    """
+
+    def __init__(self, losses: Mapping[str, Tensor]):
+        self.names = list(losses)
+        values = torch.stack([loss.detach().float() for loss in losses.values()])
+        self._event: Any = None
+        if values.is_cuda:
+            host = torch.empty(values.shape, pin_memory=True)
+            host.copy_(values, non_blocking=True)
+            self._event = torch.cuda.Event()
+            self._event.record()
+            values = host
+        self._values = values
+
+    def wait(self) -> dict[str, float]:
+        if self._event is not None:
+            self._event.synchronize()
+        return dict(zip(self.names, self._values.tolist(), strict=True))
+
+
+class _Exchange:
+    """One row of numbers from every worker, gathered while training goes on."""
+
+    def __init__(self, row: list[float], group: Any):
+        own = torch.tensor(row, dtype=torch.float64)
+        self._rows = [own]
+        self._work: Any = None
+        if group is not None:
+            self._rows = [torch.empty_like(own) for _ in range(comm.get_world_size())]
+            self._work = torch.distributed.all_gather(self._rows, own, group=group, async_op=True)
+
+    def wait(self) -> np.ndarray:
+        """(workers, numbers) float64."""
+        if self._work is not None:
+            self._work.wait()
+        return torch.stack(self._rows).numpy()
+
+
+class StepTrainer(SimpleTrainer):
+    """Detectron2's trainer, which stops at a loss that is not finite, before the optimiser takes the step.
+
+    Losses are logged as Detectron2 does, averaged over the workers: those of a step in that step when there is one
+    worker, and one step later when there are several.
+
+    Attributes:
+        scope: prefix of what is logged.
+        on_non_finite: called with a step whose loss is not finite; it has to raise.
+    """
+
+    def __init__(self, model: nn.Module, data_loader: Any, optimizer: torch.optim.Optimizer, *, scope: str = ""):
+        super().__init__(model, data_loader, optimizer)
+        self.scope = f"{scope}/" if scope else ""
+        self.on_non_finite: Callable[[NonFiniteLoss], None] = _raise
+        self._group = torch.distributed.new_group(backend="gloo") if comm.get_world_size() > 1 else None
+        self._batch: Any = None
+        self._losses: _EarlyCopy | None = None
+        self._logged: tuple[int, list[str], _Exchange] | None = None
+        self._norms = norm_statistics(self.module)
+        self._norms_before = {name: value.clone() for name, value in self._norms.items()}
+        model.register_forward_pre_hook(self._before_forward)
+        model.register_forward_hook(self._after_forward)
+
+    @property
+    def module(self) -> Any:
+        """The model, not wrapped."""
+        return self.model.module if isinstance(self.model, DistributedDataParallel) else self.model
+
+    def run_step(self) -> None:
+        """Detectron2's step.
+
+        Raises:
+            FloatingPointError: or what ``on_non_finite`` raises.
+        """
+        self._losses = None
+        try:
+            super().run_step()
+        except FloatingPointError as error:  # ours, or Detectron2's at proposals that are not finite
+            losses: dict[str, float] = {} if self._losses is None else self._losses.wait()
+            self.on_non_finite(
+                NonFiniteLoss(
+                    step=self.iter,
+                    losses=losses,
+                    reason=str(error),
+                    batch=self._batch,
+                    model=self.module,
+                    statistics=self._norms_before,
+                )
+            )
+
+    def _before_forward(self, _module: nn.Module, args: tuple[Any, ...]) -> None:
+        self._batch = args[0]
+        if self._norms:
+            with torch.no_grad():
+                torch._foreach_copy_(list(self._norms_before.values()), list(self._norms.values()))
+
+    def _after_forward(self, module: nn.Module, _args: tuple[Any, ...], losses: Any) -> None:
+        if module.training:
+            self._losses = _EarlyCopy(losses if isinstance(losses, dict) else {"total_loss": losses})
+
+    def _write_metrics(
+        self, loss_dict: Mapping[str, Tensor], data_time: float, prefix: str = "", iter: int | None = None
+    ) -> None:
+        """Check the losses of this step and hand them over to be logged; called after the backward pass was queued."""
+        assert self._losses is not None
+        losses = self._losses.wait()
+        wrong = {name: value for name, value in losses.items() if not np.isfinite(value)}
+        if wrong:
+            listed = ", ".join(f"{self.scope}{name} is {value}" for name, value in wrong.items())
+            raise FloatingPointError(f"The loss of step {self.iter} is not finite: {listed}.")
+        self.flush()
+        row = [*losses.values(), data_time, float(_num_images(self._batch))]
+        self._logged = (self.iter, list(losses), _Exchange(row, self._group))
+        if self._group is None:
+            self.flush()
+
+    def flush(self) -> None:
+        """Log what is on its way. Every worker calls this in the same steps."""
+        if self._logged is None:
+            return
+        (step, names, exchange), self._logged = self._logged, None
+        rows = exchange.wait()
+        storage, scope = get_event_storage(), self.scope
+        storage.put_scalar(f"{scope}rank_data_time", rows[comm.get_rank(), -2], cur_iter=step)
+        if not comm.is_main_process():
+            return
+        losses = dict(zip(names, rows[:, :-2].mean(0).tolist(), strict=True))
+        found = {
+            **losses,
+            **{f"{source}/total_loss": value for source, value in by_source(losses).items()},
+            "total_loss": sum(losses.values()),
+            "data_time": rows[:, -2].max(),  # the slowest worker's is what all wait for
+            "images": rows[:, -1].sum(),
+        }
+        for name, value in found.items():
+            storage.put_scalar(f"{scope}{name}", value, cur_iter=step)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Detectron2's; what is on its way is logged first, so that hooks can save it."""
+        self.flush()
+        return super().state_dict()
+
+
+class AMPStepTrainer(StepTrainer, AMPTrainer):
+    """The same with mixed precision and loss scaling on a GPU."""
+
+
+def by_source(losses: Mapping[str, float]) -> dict[str, float]:
+    """Sum of each source's losses, which are named ``source/loss``; others are left out."""
+    sums: dict[str, float] = {}
+    for name, value in losses.items():
+        source, slash, _ = name.rpartition("/")
+        if slash:
+            sums[source] = sums.get(source, 0.0) + value
+    return sums
+
+
+def _num_images(batch: Any) -> int:
+    return sum(len(records) for records in batch.values()) if isinstance(batch, Mapping) else len(batch)
