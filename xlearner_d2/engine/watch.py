@@ -88,6 +88,8 @@ def _recent(storage: EventStorage) -> dict[str, Any]:
     hints = storage.smoothing_hints()
     found = {}
     for name, history in storage.histories().items():
+        if name == "time":  # not taken in the first steps after a start, so an old one would be written as the latest
+            continue
         values = history.values()[-WINDOW:]
         found[name] = {"values": [v for v, _ in values], "steps": [int(s) for _, s in values], "smooth": hints[name]}
     return found

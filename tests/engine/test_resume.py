@@ -1,0 +1,172 @@
+"""Runs that are killed, stopped or starved of disk end, once resumed, as if nothing had happened."""
+
+import json
+import os
+import random
+import resource
+import signal
+import sys
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import Project
+
+from xlearner_d2.checkpoint import files
+from xlearner_d2.checkpoint.load import read_checkpoint
+from xlearner_d2.engine.steps import StepTrainer
+from xlearner_d2.engine.stopping import RunStopped
+
+STEPS = 5
+
+
+def shorten(project: Project) -> Project:
+    """Two sources, no tests, a checkpoint every other step."""
+    content = project.content
+    del content["XLEARNER"]["SOURCES"]["boxes"]
+    for record in content["XLEARNER"]["SOURCES"].values():
+        record["TEST"] = []
+    content["XLEARNER"]["PROBES"] = {}
+    content["XLEARNER"]["SQUEEZE"] |= {"SOLVER": {"MAX_ITER": STEPS}, "EMA_DECAY": 0.9}
+    content["SOLVER"] |= {"MAX_ITER": STEPS, "CHECKPOINT_PERIOD": 2}
+    project.write(content)
+    return project
+
+
+def in_child(work: Callable[[], Any]) -> int:
+    """Do something in a process of its own; its exit code, or minus the signal that ended it."""
+    sys.stdout.flush()
+    child = os.fork()
+    if child == 0:
+        code = 70
+        try:
+            work()
+            code = 0
+        except RunStopped as stop:
+            print(stop.message, file=sys.stderr)
+            code = int(str(stop.code))
+        except BaseException:
+            traceback.print_exc()
+        finally:
+            sys.stderr.flush()
+            os._exit(code)
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+
+
+def killed_at(monkeypatch: pytest.MonkeyPatch, where: str, count: int, number: int = signal.SIGKILL) -> None:
+    """Send this process a signal at the ``count``-th step from now, or in the midst of writing a file."""
+    left = [count]
+
+    def counting(real: Any) -> Any:
+        def call(*args: Any, **kwargs: Any) -> Any:
+            left[0] -= 1
+            if where == "save" and left[0] == 0:
+                args[1].write(b"half a checkpoint")
+                args[1].flush()
+            if left[0] == 0:
+                os.kill(os.getpid(), number)
+            return real(*args, **kwargs)
+
+        return call
+
+    thing, name = (StepTrainer, "run_step") if where == "step" else (files.torch, "save")
+    monkeypatch.setattr(thing, name, counting(getattr(thing, name)))
+
+
+def metrics(path: Path) -> list[dict[str, float]]:
+    """The lines of a stage's ``metrics.json`` without what depends on the clock and the machine."""
+    clocks = {"time", "data_time", "rank_data_time", "images_per_second", "data_wait", "memory_gb"}
+    found = [json.loads(line) for line in path.read_text().splitlines()]
+    return [{key: value for key, value in line.items() if key.split("/")[-1] not in clocks} for line in found]
+
+
+def assert_same_results(project: Project, first: str, second: str, *names: str) -> None:
+    for name in names:
+        one, other = (read_checkpoint(project.root / folder / name)["model"] for folder in (first, second))
+        assert one.keys() == other.keys()
+        assert [key for key in one if not torch.equal(one[key], other[key])] == [], name
+    for stage in (path.parent.name for path in (project.root / first).glob("*/metrics.json")):
+        found = [metrics(project.root / folder / stage / "metrics.json") for folder in (first, second)]
+        assert found[0] == found[1], stage
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory: pytest.TempPathFactory) -> Project:
+    """A run of both stages that was left alone, in the folder ``alone``."""
+    project = shorten(Project(tmp_path_factory.mktemp("resume")))
+    project.run("OUTPUT_DIR", project.root / "alone")
+    return project
+
+
+def test_killed_again_and_again(alone: Project, monkeypatch: pytest.MonkeyPatch) -> None:
+    """SIGKILL in either stage, at a step or while a file is being written; each time the run is resumed."""
+    out = ("OUTPUT_DIR", alone.root / "killed")
+    ends = []
+    for where, count in (("step", random.randint(2, STEPS)), ("save", 2), ("step", STEPS + 3), ("save", 1)):
+        with monkeypatch.context() as patch:
+            killed_at(patch, where, count)
+            ends.append(in_child(lambda: alone.run(*out, resume=(alone.root / "killed").exists())))
+    assert ends[0] == ends[1] == -signal.SIGKILL
+    assert in_child(lambda: alone.run(*out, resume=True)) == 0
+    assert_same_results(alone, "alone", "killed", "expanded.pth", "student_d2.pth")
+    assert list((alone.root / "killed").rglob(".*.part")) == []
+
+
+@pytest.mark.parametrize(("number", "count"), [(signal.SIGTERM, 3), (signal.SIGINT, STEPS + 2)])
+def test_a_signal_saves_and_stops(
+    alone: Project, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], number: int, count: int
+) -> None:
+    """In the expansion and in the squeeze."""
+    folder = f"stopped_{number}"
+    with monkeypatch.context() as patch:
+        killed_at(patch, "step", count, number)
+        code = in_child(lambda: alone.run("OUTPUT_DIR", alone.root / folder))
+    assert code == 128 + number
+    stage, step = ("expand", count) if count <= STEPS else ("squeeze", count - STEPS)
+    said = capfd.readouterr().err
+    assert f"Stopped by {signal.Signals(number).name} after step {step} of {STEPS}; its state is in" in said
+    assert f"{folder}/{stage}/model_{step - 1:07d}.pth. Add --resume to go on from there." in said
+    assert "Traceback" not in said
+    alone.run("OUTPUT_DIR", alone.root / folder, resume=True)
+    assert_same_results(alone, "alone", folder, "expanded.pth", "student_d2.pth")
+
+
+def test_online_squeeze_resumes_exactly(alone: Project, monkeypatch: pytest.MonkeyPatch) -> None:
+    online = ("XLEARNER.SQUEEZE.ONLINE", True, "XLEARNER.STAGE", "expand")
+    alone.run(*online, "OUTPUT_DIR", alone.root / "online")
+    with monkeypatch.context() as patch:
+        killed_at(patch, "step", 2 * STEPS - 1)  # in the squeeze's part of a step
+        assert in_child(lambda: alone.run(*online, "OUTPUT_DIR", alone.root / "online2")) == -signal.SIGKILL
+    alone.run(*online, "OUTPUT_DIR", alone.root / "online2", resume=True)
+    assert_same_results(alone, "online", "online2", "expanded.pth", "student_d2.pth")
+
+
+def test_a_damaged_checkpoint_is_passed_over_and_a_full_disk_loses_nothing(
+    alone: Project, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Stopped in the expansion with two checkpoints, of which the last loses its end; then files may not grow."""
+    out = ("OUTPUT_DIR", alone.root / "damaged", "XLEARNER.STAGE", "expand")
+    with monkeypatch.context() as patch:
+        killed_at(patch, "step", STEPS)
+        assert in_child(lambda: alone.run(*out)) == -signal.SIGKILL
+    folder = alone.root / "damaged/expand"
+    assert sorted(path.name for path in folder.glob("*.pth")) == ["model_0000001.pth", "model_0000003.pth"]
+    last = folder / "model_0000003.pth"
+    last.write_bytes(last.read_bytes()[:-1000])
+    capfd.readouterr()
+
+    def starved() -> None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 20, 1 << 20))
+        alone.run(*out, resume=True)
+
+    assert in_child(starved) == 1
+    said = "".join(capfd.readouterr())
+    assert "model_0000003.pth is damaged (File is not a zip file). The checkpoint before it is used instead" in said
+    assert f"{last} could not be written: File too large. Make room, then add --resume to go on" in said
+    assert "Traceback" not in said
+    assert (folder / "last_checkpoint").read_text() == "model_0000003.pth"  # damaged still, and the one before it whole
+    alone.run(*out, resume=True)
+    assert_same_results(alone, "alone", "damaged", "expanded.pth")
