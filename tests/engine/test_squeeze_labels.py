@@ -187,8 +187,16 @@ def test_ill_typed_settings_are_refused(finished: Project, key: str, value: Any,
             ("XLEARNER.SQUEEZE.HINT_WEIGHT", 0.0, "XLEARNER.SQUEEZE.TASK_LOSSES", False),
             r"HINT_WEIGHT is 0, so the student learns nothing unless TASK_LOSSES is True",
         ),
+        (("XLEARNER.SQUEEZE.EMA_DECAY", 1.0), r"EMA_DECAY is 1\.0, but 0 to below 1 is expected"),
+        (
+            ("XLEARNER.SQUEEZE.EMA_DECAY", 0.9, "XLEARNER.SQUEEZE.BN_RECALIBRATION_BATCHES", 0),
+            r"averaged weights need statistics of their own: set XLEARNER\.SQUEEZE\.BN_RECALIBRATION_BATCHES above 0",
+        ),
+        (("XLEARNER.WANDB", "birds"), r"XLEARNER\.WANDB is 'birds', but the package wandb is not installed"),
     ],
 )
-def test_hint_weights_that_make_no_sense_are_refused(finished: Project, opts: tuple[Any, ...], message: str) -> None:
+def test_settings_that_make_no_sense_together_are_refused(
+    finished: Project, opts: tuple[Any, ...], message: str
+) -> None:
     with pytest.raises(ValueError, match=message):
         plan_of(finished, *opts)

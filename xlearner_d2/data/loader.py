@@ -1,6 +1,7 @@
 """Source-tagged batches: one pool of workers that reads every source's share of each step."""
 
 import os
+import signal
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -73,7 +74,7 @@ def build_joint_train_loader(
         batch_sampler=sampler,
         collate_fn=group_by_source,
         num_workers=num_workers,
-        worker_init_fn=_use_one_thread,
+        worker_init_fn=_prepare_process,
         # Its own, or starting the loader would draw a number from the model's, in a resumed run at another step.
         generator=torch.Generator().manual_seed(seed),
         pin_memory=any(head.MODEL.DEVICE.startswith("cuda") for head in heads.values()),
@@ -96,7 +97,10 @@ def start_at(loader: DataLoader[Any], step: int) -> None:
     loader.batch_sampler.start = step
 
 
-def _use_one_thread(_worker: int) -> None:
+def _prepare_process(_worker: int) -> None:
+    # Schedulers and terminals signal all processes of a run; the one that trains decides what becomes of this one.
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
     # Several workers with several threads each would fight over the processors that training needs.
     import cv2
 

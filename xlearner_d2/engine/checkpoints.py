@@ -1,5 +1,7 @@
 """When a stage saves its state: every so many steps, at the end, and when a signal asks it to stop."""
 
+import sys
+
 from detectron2.engine import HookBase
 from detectron2.utils import comm
 
@@ -36,3 +38,9 @@ class Checkpoints(HookBase):
 
     def after_train(self) -> None:
         self.signals.restore()
+        if sys.exception() is not None:
+            return
+        stop = self.signals.agreed()
+        if stop:  # since the last step, as while the student was exported
+            message = f"Stopped by {name_of(stop)} after the last step. Add --resume to go on."
+            raise RunStopped(message if comm.is_main_process() else "", code=exit_code(stop))

@@ -71,6 +71,10 @@ class StopSignals:
             raise RunStopped(f"Stopped by a second {name_of(number)}, without saving.", code=exit_code(number))
         if not self.number:
             self.number, self._time = number, time.monotonic()
+            if comm.is_main_process():  # not through a log, which the signal may have interrupted
+                os.write(
+                    2, f"{name_of(number)}: stopping after this step; once more to stop without saving.\n".encode()
+                )
 
     def agreed(self) -> int:
         """The signal that any worker got, alike on all workers; 0 if none. To be called by all, after each step."""

@@ -1,0 +1,92 @@
+"""A loss that is not finite stops either stage, leaves the step in a file, and can be run again from it."""
+
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import Project
+
+from xlearner_d2.checkpoint.load import read_checkpoint
+from xlearner_d2.data.mappers import SourceMapper
+from xlearner_d2.engine.failure import read_failure
+from xlearner_d2.engine.replay import describe, replay
+from xlearner_d2.engine.stopping import RunStopped
+from xlearner_d2.specs import ConfigError
+
+ROOT = Path(__file__).resolve().parents[2]
+STEPS = 4
+
+
+@pytest.fixture(scope="module")
+def project(tmp_path_factory: pytest.TempPathFactory) -> Project:
+    """An expansion of all three kinds of sources without tests."""
+    project = Project(tmp_path_factory.mktemp("failure"))
+    for record in project.content["XLEARNER"]["SOURCES"].values():
+        record["TEST"] = []
+    project.content["XLEARNER"] |= {"PROBES": {}, "STAGE": "expand"}
+    project.content["SOLVER"] |= {"MAX_ITER": STEPS, "CHECKPOINT_PERIOD": 2}
+    project.write(project.content)
+    project.run()
+    return project
+
+
+def spoil(monkeypatch: pytest.MonkeyPatch, *, after: int) -> None:
+    """Make the image of the areas infinite, from the ``after``-th that is read."""
+    real, left = SourceMapper.__call__, [after]
+
+    def call(self: SourceMapper, record: Any, seed: int) -> Any:
+        found = real(self, record, seed)
+        if self.source == "areas":
+            left[0] -= 1
+            if left[0] < 0:
+                found["image"] = found["image"].float() * float("inf")
+        return found
+
+    monkeypatch.setattr(SourceMapper, "__call__", call)
+
+
+@pytest.mark.parametrize("stage", ["expand", "squeeze"])
+def test_a_failed_step_is_kept_and_fails_again(project: Project, monkeypatch: pytest.MonkeyPatch, stage: str) -> None:
+    """The trial of the plan reads two images, and a step two, so that step 1 is the first with a spoilt one."""
+    opts: list[Any] = ["XLEARNER.STAGE", stage, "OUTPUT_DIR", project.root / f"failed_{stage}"]
+    opts += ["XLEARNER.SQUEEZE.TEACHER", project.root / "out/expanded.pth", "SOLVER.CHECKPOINT_PERIOD", 1]
+    opts += ["XLEARNER.SQUEEZE.HINT_WEIGHT", 0.5]
+    with monkeypatch.context() as patch:
+        spoil(patch, after=4)
+        with pytest.raises(RunStopped) as caught:
+            project.run(*opts)
+    file = project.root / f"failed_{stage}/{stage}/failed_step_0000001_worker_0.pth"
+    message = caught.value.message
+    assert caught.value.code == 1
+    assert f"Stage {stage}, step 1 (of source areas): The loss of step 1 is not finite: " in message
+    assert f"The batch and the weights are in {file}: run tools/replay.py on it" in message
+    failure = read_failure(file)
+    assert [record["source"] for record in failure.batch["boxes"]] == ["boxes", "boxes"]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("DETECTRON2_DATASETS", str(project.root / "data"))
+        result = replay(failure)
+    assert result.losses.keys() == failure.losses.keys()
+    for name, value in failure.losses.items():
+        assert result.losses[name] == pytest.approx(value, rel=1e-6, nan_ok=True), name
+    text = describe(failure, result)
+    assert "areas/loss_sem_seg" in result.wrong
+    assert "stem.conv1" in text.split("begins in")[1]
+    saved = read_checkpoint(project.root / f"failed_{stage}/{stage}/model_0000000.pth")["model"]
+    kept = failure.models["expand" if stage == "expand" else "squeeze"]
+    prefix = "" if stage == "expand" else "student."
+    assert all(torch.equal(value, kept[prefix + name]) for name, value in saved.items())
+
+
+def test_the_command(project: Project, tmp_path: Path) -> None:
+    """Of a file that a run did not leave."""
+    torch.save({"model": {}}, tmp_path / "x.pth")
+    for name, message in (("x.pth", "is no whole failure file of a run"), ("y.pth", "There is no file")):
+        with pytest.raises(ConfigError, match=message):
+            read_failure(tmp_path / name)
+    command = [sys.executable, str(ROOT / "tools/replay.py"), str(tmp_path / "x.pth")]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=False)
+    assert done.returncode == 1
+    assert done.stderr.startswith("error: The replay has 1 problem:")

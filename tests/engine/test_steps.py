@@ -1,0 +1,128 @@
+"""Steps that are checked and logged: losses, averages over workers, gradient clipping, non-finite losses."""
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from detectron2.config import get_cfg
+from detectron2.utils.events import EventStorage
+from torch import Tensor, nn
+
+from xlearner_d2 import add_xlearner_config
+from xlearner_d2.engine.norm_statistics import WorkerStatistics
+from xlearner_d2.engine.optimizer import OPTIMIZERS, make_optimizer
+from xlearner_d2.engine.steps import NonFiniteLoss, StepTrainer, by_source
+
+
+class Losses(nn.Module):
+    """Its losses are its weight times what the batch says, by source."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(()))
+        self.norm = nn.BatchNorm1d(1, momentum=1.0)
+
+    def forward(self, batch: dict[str, list[float]]) -> dict[str, Tensor]:
+        if "raise" in batch:
+            raise FloatingPointError("Predicted boxes contain Inf/NaN.")
+        self.norm(torch.tensor([[value] for values in batch.values() for value in values] * 2))
+        return {f"{source}/loss_{n}": self.weight * value for source, of in batch.items() for n, value in enumerate(of)}
+
+
+def trainer(batches: list[Any], **options: Any) -> StepTrainer:
+    model = Losses()
+    made = StepTrainer(model, batches, torch.optim.SGD(model.parameters(), lr=0.1), **options)
+    made.max_iter = 1
+    return made
+
+
+def steps(made: StepTrainer, count: int) -> Iterator[EventStorage]:
+    with EventStorage() as storage:
+        for made.iter in range(count):
+            storage.iter = made.iter
+            made.run_step()
+            yield storage
+
+
+def test_losses_are_logged_by_name_by_source_and_in_all() -> None:
+    (storage,) = steps(trainer([{"birds": [1.0, 2.0], "cells": [4.0]}]), 1)
+    found = {name: value for name, (value, _) in storage.latest().items() if not name.endswith("data_time")}
+    assert found == {
+        "birds/loss_0": 1,
+        "birds/loss_1": 2,
+        "cells/loss_0": 4,
+        "birds/total_loss": 3,
+        "cells/total_loss": 4,
+        "total_loss": 7,
+        "images": 3,
+    }
+
+
+def test_a_scope_goes_before_every_name() -> None:
+    (storage,) = steps(trainer([{"birds": [1.0]}], scope="squeeze"), 1)
+    assert all(name.startswith("squeeze/") for name in storage.latest())
+
+
+def test_only_losses_of_a_source_are_summed_by_source() -> None:
+    assert by_source({"loss_hint": 1.0, "a/x": 2.0, "a/y": 3.0, "b/x": 4.0}) == {"a": 5.0, "b": 4.0}
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_loss_that_is_not_finite_stops_before_the_optimiser(value: float) -> None:
+    """The weights and what is reported are those before the step; other losses are reported as well."""
+    made = trainer([{"birds": [1.0], "cells": [2.0]}, {"birds": [1.0], "cells": [3.0, value]}])
+    seen: list[NonFiniteLoss] = []
+    made.on_non_finite = seen.append
+    weights, means = [], []
+    for _ in steps(made, 2):
+        weights.append(float(made.module.weight))
+        means.append(made.module.norm.running_mean.clone())
+    (found,) = seen
+    assert weights[0] == weights[1]
+    assert (found.step, found.batch["cells"][0], found.losses["cells/loss_0"]) == (
+        1,
+        3.0,
+        pytest.approx(3 * weights[0]),
+    )
+    assert found.reason == f"The loss of step 1 is not finite: cells/loss_1 is {value}."
+    assert torch.equal(found.statistics["norm.running_mean"], means[0])
+    assert not means[1].isfinite().all()
+
+
+def test_a_loss_that_is_not_finite_raises_where_nobody_minds_it() -> None:
+    with pytest.raises(FloatingPointError, match=r"The loss of step 0 is not finite: birds/loss_0 is nan\."):
+        list(steps(trainer([{"birds": [float("nan")]}]), 1))
+
+
+def test_detectron2_s_own_check_is_reported_with_its_batch() -> None:
+    made = trainer([{"raise": []}])
+    seen: list[NonFiniteLoss] = []
+    made.on_non_finite = seen.append
+    list(steps(made, 1))
+    assert (seen[0].reason, seen[0].batch, seen[0].losses) == ("Predicted boxes contain Inf/NaN.", {"raise": []}, {})
+
+
+@pytest.mark.parametrize("kind", OPTIMIZERS)
+@pytest.mark.parametrize(("clip", "limit"), [("norm", 0.5), ("value", 0.25)])
+def test_gradients_are_clipped_under_every_optimiser(kind: str, clip: str, limit: float) -> None:
+    """Either stage makes its optimiser so; the gradient of the loss is 100 in each of four weights."""
+    cfg = get_cfg()
+    add_xlearner_config(cfg)
+    cfg.SOLVER.OPTIMIZER = kind
+    cfg.SOLVER.CLIP_GRADIENTS.merge_from_list(["ENABLED", True, "CLIP_TYPE", clip, "CLIP_VALUE", limit])
+    model = nn.Linear(4, 1, bias=False)
+    optimizer = make_optimizer(cfg, model)
+    model.weight.grad = torch.full((1, 4), 100.0)
+    optimizer.step()
+    found = model.weight.grad.norm() if clip == "norm" else model.weight.grad.max()
+    assert float(found) == pytest.approx(limit)
+
+
+def test_statistics_of_another_number_of_workers_are_averaged() -> None:
+    models = [nn.BatchNorm1d(2), nn.BatchNorm1d(2)]
+    workers = [[{"running_mean": torch.full((2,), float(n)), "running_var": torch.ones(2)}] for n in (1, 2, 6)]
+    WorkerStatistics(models[:1]).load_state_dict({"workers": workers})
+    assert models[0].running_mean.tolist() == [3, 3]
+    WorkerStatistics(models[1:]).load_state_dict(WorkerStatistics(models[:1]).state_dict())
+    assert models[1].running_mean.tolist() == [0, 0]  # one worker's are in the model's own state
