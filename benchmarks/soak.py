@@ -4,6 +4,8 @@ Everything that runs in a long training runs here: loader, hooks, metrics, Tenso
 Prints the process's memory along the way and its growth per thousand steps after the first tenth, and writes JSON.
 
     python benchmarks/soak.py [--steps 5000] [--output benchmarks/results/soak.json]
+
+Ctrl-C ends it early, with the result up to there.
 """
 
 import argparse
@@ -11,6 +13,7 @@ import json
 import os
 import platform
 import tempfile
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +26,7 @@ from PIL import Image
 
 from xlearner_d2 import load_config
 from xlearner_d2.engine.plan import make_plan
+from xlearner_d2.engine.stopping import RunStopped
 from xlearner_d2.engine.trainer import expand
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -30,49 +34,29 @@ SIZE, COUNT, CLASSES = 32, 12, ("a", "b", "c")
 
 
 def write_data(root: Path) -> None:
-    """An image folder and a semantic set of noise."""
+    """An image folder of noise."""
     rng = np.random.default_rng(0)
     for number in range(COUNT):
-        image = Image.fromarray(rng.integers(0, 256, (SIZE, SIZE, 3), dtype=np.uint8))
-        label = Image.fromarray(rng.integers(0, len(CLASSES), (SIZE, SIZE), dtype=np.uint8))
-        for path, content in (
-            (root / "pics" / CLASSES[number % 3] / f"{number}.png", image),
-            (root / "areas/images" / f"{number}.png", image),
-            (root / "areas/labels" / f"{number}.png", label),
-        ):
-            path.parent.mkdir(parents=True, exist_ok=True)
-            content.save(path)
+        path = root / CLASSES[number % 3] / f"{number}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(rng.integers(0, 256, (SIZE, SIZE, 3), dtype=np.uint8)).save(path)
 
 
 def config(root: Path, steps: int) -> dict[str, Any]:
-    """Two sources of two tasks on a ResNet-50 of a few channels."""
-    segment = ["MODEL.FPN.OUT_CHANNELS", 8, "MODEL.SEM_SEG_HEAD.CONVS_DIM", 32]
-    segment += ["INPUT.MIN_SIZE_TRAIN", [SIZE], "INPUT.MIN_SIZE_TEST", SIZE]
-    heads = {name: str(ROOT / f"configs/heads/{name}.yaml") for name in ("classifier", "light_semantic_fpn")}
-    pics = {"TASK": "classification", "CONFIG": heads["classifier"], "TRAIN": ["soak_pics"]}
-    areas = {"TASK": "segmentation", "CONFIG": heads["light_semantic_fpn"], "TRAIN": ["soak_areas"]}
+    """One source on a ResNet-50 of a few channels."""
+    head = str(ROOT / "configs/heads/classifier.yaml")
+    pics = {"TASK": "classification", "CONFIG": head, "TRAIN": ["soak_pics"], "IMS_PER_BATCH": 2}
     return {
         "_BASE_": str(ROOT / "configs/base.yaml"),
         "MODEL": {"RESNETS": {"STEM_OUT_CHANNELS": 8, "WIDTH_PER_GROUP": 4, "RES2_OUT_CHANNELS": 16}},
         "XLEARNER": {
-            "DATASETS": {
-                "soak_pics": {"FORMAT": "image_folder", "IMAGES": str(root / "pics")},
-                "soak_areas": {
-                    "FORMAT": "sem_seg",
-                    "CLASSES": list(CLASSES),
-                    "IMAGES": str(root / "areas/images"),
-                    "LABELS": str(root / "areas/labels"),
-                },
-            },
-            "SOURCES": {
-                "pics": {**pics, "IMS_PER_BATCH": 2, "OPTS": ["INPUT.CLASSIFICATION.SIZE", SIZE]},
-                "areas": {**areas, "IMS_PER_BATCH": 2, "OPTS": segment},
-            },
+            "DATASETS": {"soak_pics": {"FORMAT": "image_folder", "IMAGES": str(root)}},
+            "SOURCES": {"pics": {**pics, "OPTS": ["INPUT.CLASSIFICATION.SIZE", SIZE]}},
             "SQUEEZE": {"ONLINE": True, "EMA_DECAY": 0.999, "BN_RECALIBRATION_BATCHES": 1},
         },
         "SOLVER": {"MAX_ITER": steps, "CHECKPOINT_PERIOD": max(steps // 10, 1), "AMP": {"ENABLED": False}},
         "DATALOADER": {"NUM_WORKERS": 0},
-        "OUTPUT_DIR": str(root / "out"),
+        "OUTPUT_DIR": str(root.parent / "out"),
     }
 
 
@@ -98,8 +82,9 @@ def main() -> None:
         root = Path(folder)
         write_data(root / "data")
         (root / "config.yaml").write_text(yaml.safe_dump(config(root / "data", args.steps)))
-        expand(make_plan(load_config(root / "config.yaml"), world_size=1), resume_run=False)
-        curve = memory_curve(root / "data/out/expand")
+        with suppress(RunStopped):
+            expand(make_plan(load_config(root / "config.yaml"), world_size=1), resume_run=False)
+        curve = memory_curve(root / "out/expand")
     for step, memory in curve[:: max(len(curve) // 10, 1)]:
         print(f"step {step:6d}  {memory:7.1f} MB")
     print(f"growth {growth(curve):+.2f} MB per 1000 steps")
@@ -107,6 +92,7 @@ def main() -> None:
         "command": f"python benchmarks/soak.py --steps {args.steps}",
         "machine": {"cpu": platform.processor() or platform.machine(), "threads": torch.get_num_threads()},
         "torch": torch.__version__,
+        "steps": curve[-1][0],
         "growth_mb_per_1000_steps": round(growth(curve), 3),
         "curve_mb": [(step, round(memory, 1)) for step, memory in curve[:: max(len(curve) // 50, 1)]],
     }

@@ -8,11 +8,13 @@ from typing import Any
 import pytest
 import torch
 from conftest import Project
+from torch import nn
 
 from xlearner_d2.checkpoint.load import read_checkpoint
 from xlearner_d2.data.mappers import SourceMapper
-from xlearner_d2.engine.failure import read_failure
+from xlearner_d2.engine.failure import guilty_sources, read_failure
 from xlearner_d2.engine.replay import describe, replay
+from xlearner_d2.engine.steps import NonFiniteLoss, running_statistics
 from xlearner_d2.engine.stopping import RunStopped
 from xlearner_d2.specs import ConfigError
 
@@ -22,8 +24,9 @@ STEPS = 4
 
 @pytest.fixture(scope="module")
 def project(tmp_path_factory: pytest.TempPathFactory) -> Project:
-    """An expansion of all three kinds of sources without tests."""
+    """An expansion of two kinds of sources without tests."""
     project = Project(tmp_path_factory.mktemp("failure"))
+    del project.content["XLEARNER"]["SOURCES"]["boxes"]
     for record in project.content["XLEARNER"]["SOURCES"].values():
         record["TEST"] = []
     project.content["XLEARNER"] |= {"PROBES": {}, "STAGE": "expand"}
@@ -64,7 +67,7 @@ def test_a_failed_step_is_kept_and_fails_again(project: Project, monkeypatch: py
     assert f"Stage {stage}, step 1 (of source areas): The loss of step 1 is not finite: " in message
     assert f"The batch and the weights are in {file}: run tools/replay.py on it" in message
     failure = read_failure(file)
-    assert [record["source"] for record in failure.batch["boxes"]] == ["boxes", "boxes"]
+    assert [record["source"] for record in failure.batch["pics"]] == ["pics", "pics"]
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("DETECTRON2_DATASETS", str(project.root / "data"))
         result = replay(failure)
@@ -90,3 +93,27 @@ def test_the_command(project: Project, tmp_path: Path) -> None:
     done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=False)
     assert done.returncode == 1
     assert done.stderr.startswith("error: The replay has 1 problem:")
+
+
+def test_the_source_that_spoils_the_others_is_named() -> None:
+    """In the step itself Detectron2 stopped at another source's proposals, which had received what was spoilt."""
+
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.norm = nn.BatchNorm1d(1)
+
+        def forward(self, batch: dict[str, list[float]]) -> dict[str, torch.Tensor]:
+            losses = {}
+            for source, values in batch.items():
+                if not self.norm.running_mean.isfinite():
+                    raise FloatingPointError("Predicted boxes contain Inf/NaN.")
+                losses[f"{source}/loss"] = self.norm(torch.tensor(values)[:, None]).sum()
+            return losses
+
+    model, batch = Model(), {"cells": [1.0, 2.0], "areas": [1.0, float("nan")], "birds": [0.5, 1.0]}
+    before = {name: value.clone() for name, value in running_statistics(model).items()}
+    with pytest.raises(FloatingPointError):
+        model(batch)
+    found = NonFiniteLoss(step=7, losses={}, reason="", batch=batch, model=model, statistics=before)
+    assert guilty_sources(found) == ["areas"]

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from ..checkpoint.files import SaveError, save_atomically
 from ..specs import ConfigError
 from .plan import Plan
-from .steps import NonFiniteLoss
+from .steps import NonFiniteLoss, copy_statistics, running_statistics
 from .stopping import RunStopped
 
 logger = logging.getLogger(__name__)
@@ -74,12 +74,13 @@ def stop_at_failure(plan: Plan, stage: str, models: Mapping[str, nn.Module]) -> 
             batch=found.batch,
             models={name: _state(model, found) for name, model in models.items()},
         )
+        sentence = _sentence(stage, found)
         try:
             save_atomically(vars(failure), path)
             kept = f"The batch and the weights are in {path}: run tools/replay.py on it to see where it comes from."
         except SaveError as error:
             kept = f"The batch could not be kept: {error}"
-        raise RunStopped(f"{_sentence(stage, found)} {kept} {_ADVICE}")
+        raise RunStopped(f"{sentence} {kept} {_ADVICE}")
 
     return stop
 
@@ -91,11 +92,29 @@ _ADVICE = (
 
 
 def _sentence(stage: str, found: NonFiniteLoss) -> str:
-    sources = found.batch if isinstance(found.batch, Mapping) else {}
-    wrong = [name for name, value in found.losses.items() if not np.isfinite(value)]
-    guilty = [source for source in sources if any(name.startswith(f"{source}/") for name in wrong)]
+    guilty = guilty_sources(found)
     of = f" (of source {', '.join(guilty)})" if guilty else ""
     return f"Stage {stage}, step {found.step}{of}: {found.reason}"
+
+
+@torch.no_grad()
+def guilty_sources(found: NonFiniteLoss) -> list[str]:
+    """The sources of a step that give a loss that is not finite when they are alone.
+
+    In the step itself, one may have spoilt the others: through the statistics of its branch, which they receive
+    features of. All may fail alone, as when the weights are spoilt.
+    """
+    wrong = []
+    for source, records in found.batch.items():
+        copy_statistics(found.statistics, running_statistics(found.model))
+        try:
+            losses = found.model({source: records})
+        except FloatingPointError:  # Detectron2's, at proposals that are not finite
+            wrong.append(source)
+            continue
+        if not all(bool(loss.isfinite()) for loss in losses.values()):
+            wrong.append(source)
+    return wrong
 
 
 def _state(model: nn.Module, found: NonFiniteLoss) -> dict[str, Tensor]:

@@ -54,7 +54,7 @@ def replay(failure: Failure) -> Replay:
     """
     plan = _plan(failure)
     model = _model(plan, failure).train()
-    seed_step(plan.cfg, failure.step, rank=failure.rank)
+    seed_step(max(plan.cfg.SEED, 0), failure.step, rank=failure.rank)
     with EventStorage(), _first_non_finite(model) as found, _precision(plan.cfg):
         try:
             losses = {name: float(value) for name, value in model(failure.batch).items()}

@@ -12,8 +12,6 @@ from detectron2.utils.events import get_event_storage
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from .norm_statistics import norm_statistics
-
 
 @dataclass(frozen=True, kw_only=True)
 class NonFiniteLoss:
@@ -25,7 +23,7 @@ class NonFiniteLoss:
         reason: in words.
         batch: what the model was given.
         model: in training, not wrapped; its weights are those of the step.
-        statistics: running statistics of its norm layers before the step.
+        statistics: its running statistics (of norm layers and normalisers) before the step, by name.
     """
 
     step: int
@@ -101,8 +99,8 @@ class StepTrainer(SimpleTrainer):
         self._batch: Any = None
         self._losses: _EarlyCopy | None = None
         self._logged: tuple[int, list[str], _Exchange] | None = None
-        self._norms = norm_statistics(self.module)
-        self._norms_before = {name: value.clone() for name, value in self._norms.items()}
+        self._statistics = running_statistics(self.module)
+        self._statistics_before = {name: value.clone() for name, value in self._statistics.items()}
         model.register_forward_pre_hook(self._before_forward)
         model.register_forward_hook(self._after_forward)
 
@@ -129,15 +127,13 @@ class StepTrainer(SimpleTrainer):
                     reason=str(error),
                     batch=self._batch,
                     model=self.module,
-                    statistics=self._norms_before,
+                    statistics=self._statistics_before,
                 )
             )
 
     def _before_forward(self, _module: nn.Module, args: tuple[Any, ...]) -> None:
         self._batch = args[0]
-        if self._norms:
-            with torch.no_grad():
-                torch._foreach_copy_(list(self._norms_before.values()), list(self._norms.values()))
+        copy_statistics(self._statistics, self._statistics_before)
 
     def _after_forward(self, module: nn.Module, _args: tuple[Any, ...], losses: Any) -> None:
         if module.training:
@@ -188,6 +184,19 @@ class StepTrainer(SimpleTrainer):
 
 class AMPStepTrainer(StepTrainer, AMPTrainer):
     """The same with mixed precision and loss scaling on a GPU."""
+
+
+def running_statistics(model: nn.Module) -> dict[str, Tensor]:
+    """Buffers of one number, or of one per channel, by name: what a training step changes besides parameters."""
+    return {name: buffer for name, buffer in model.named_buffers() if buffer.dim() < 2}
+
+
+@torch.no_grad()
+def copy_statistics(source: Mapping[str, Tensor], target: Mapping[str, Tensor]) -> None:
+    """Copy tensors of equal names, those of one type in one go."""
+    for dtype in {value.dtype for value in source.values()}:
+        names = [name for name, value in source.items() if value.dtype == dtype]
+        torch._foreach_copy_([target[name] for name in names], [source[name] for name in names])
 
 
 def by_source(losses: Mapping[str, float]) -> dict[str, float]:
