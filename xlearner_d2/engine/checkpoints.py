@@ -5,8 +5,9 @@ import sys
 from detectron2.engine import HookBase
 from detectron2.utils import comm
 
+from ..checkpoint.files import SaveError
 from ..checkpoint.training import TrainingCheckpointer
-from .stopping import RunStopped, StopSignals, exit_code, name_of, stopping_when_full
+from .stopping import MAKE_ROOM, RunStopped, StopSignals, exit_code, name_of
 
 
 class Checkpoints(HookBase):
@@ -29,12 +30,11 @@ class Checkpoints(HookBase):
         step, stop = self.trainer.iter, self.signals.agreed()
         last = step + 1 == self.trainer.max_iter
         if last or stop or (step + 1) % self.period == 0:
-            with stopping_when_full():
-                self.checkpointer.save("model_final" if last else f"model_{step:07d}")
+            self._save("model_final" if last else f"model_{step:07d}")
         if stop:
             done = f"Stopped by {name_of(stop)} after step {step + 1} of {self.trainer.max_iter}"
             kept = f"its state is in {self.checkpointer.get_checkpoint_file()}. Add --resume to go on from there."
-            raise RunStopped(f"{done}; {kept}" if comm.is_main_process() else "", code=exit_code(stop))
+            raise _together(f"{done}; {kept}", code=exit_code(stop))
 
     def after_train(self) -> None:
         self.signals.restore()
@@ -42,5 +42,17 @@ class Checkpoints(HookBase):
             return
         stop = self.signals.agreed()
         if stop:  # since the last step, as while the student was exported
-            message = f"Stopped by {name_of(stop)} after the last step. Add --resume to go on."
-            raise RunStopped(message if comm.is_main_process() else "", code=exit_code(stop))
+            raise _together(
+                f"Stopped by {name_of(stop)} after the last step. Add --resume to go on.", code=exit_code(stop)
+            )
+
+    def _save(self, name: str) -> None:
+        try:
+            self.checkpointer.save(name)
+        except SaveError as error:  # on all workers
+            raise _together(f"{error} {MAKE_ROOM}", code=1) from error
+
+
+def _together(message: str, *, code: int) -> RunStopped:
+    """A stop of all workers, of which the main one tells the user."""
+    return RunStopped(message if comm.is_main_process() else "", code=code, agreed=True)

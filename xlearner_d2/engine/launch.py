@@ -21,6 +21,7 @@ from ..config import load_config, usable_device
 from ..specs import ConfigError
 from .run import run, validate
 from .scaling import check_timeouts
+from .stopping import RunStopped, passing_on_signals
 from .workers import work
 
 
@@ -54,15 +55,16 @@ def _launch(cfg: CfgNode, args: argparse.Namespace) -> None:
         os.environ["CUDA_VISIBLE_DEVICES"] = ""  # or Detectron2 would choose the backend of GPUs
     first = multiprocessing.get_context("spawn").Semaphore(1)  # who has it tells the user why the run ends
     try:
-        launch(
-            _launched,
-            args.num_gpus,
-            num_machines=args.num_machines,
-            machine_rank=args.machine_rank,
-            dist_url=args.dist_url,
-            args=(args, float(cfg.XLEARNER.TIMEOUT.SILENT), first),
-            timeout=timedelta(seconds=cfg.XLEARNER.TIMEOUT.STUCK),
-        )
+        with passing_on_signals():
+            launch(
+                _launched,
+                args.num_gpus,
+                num_machines=args.num_machines,
+                machine_rank=args.machine_rank,
+                dist_url=args.dist_url,
+                args=(args, float(cfg.XLEARNER.TIMEOUT.SILENT), first),
+                timeout=timedelta(seconds=cfg.XLEARNER.TIMEOUT.STUCK),
+            )
     except ProcessRaisedException as error:  # before the workers knew each other
         last = str(error).strip().splitlines()[-1]
         sys.exit(f"error: The workers could not be joined at {args.dist_url}: {last}")
@@ -123,7 +125,12 @@ def _run(args: argparse.Namespace) -> None:
     if sys.platform == "linux":
         # A worker that was spawned would spawn its loader's processes, each of which imports everything again.
         multiprocessing.set_start_method("fork", force=True)
-    run(load_config(args.config_file, args.opts), args)
+    try:
+        run(load_config(args.config_file, args.opts), args)
+    except RunStopped as stop:
+        if stop.message:
+            print(f"error: {stop.message}", file=sys.stderr, flush=True)
+        raise
 
 
 def _check_address(args: argparse.Namespace) -> None:

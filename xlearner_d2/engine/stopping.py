@@ -27,11 +27,13 @@ class RunStopped(SystemExit):
     Args:
         message: what happened, and what to do; empty on workers that leave it to another one to say so.
         code: exit code of the process.
+        agreed: whether all workers stop here, so that none of them has to be told.
     """
 
-    def __init__(self, message: str, *, code: int = 1):
+    def __init__(self, message: str, *, code: int = 1, agreed: bool = False):
         super().__init__(code)
         self.message = message
+        self.agreed = agreed
 
 
 def exit_code(number: int) -> int:
@@ -102,16 +104,15 @@ def stopping_when_full() -> Iterator[None]:
     except OSError as error:
         if isinstance(error, SaveError):
             problem = str(error)
-            if not comm.is_main_process():  # which has told the others, and tells the user
-                raise RunStopped("") from error
         elif error.errno in _FULL:
             file = error.filename or "A file of the run"
             problem = f"{file} could not be written: {error.strerror}."
         else:
             raise
-        raise RunStopped(f"{problem} Make room, then add --resume to go on from the last checkpoint.") from error
+        raise RunStopped(f"{problem} {MAKE_ROOM}") from error
 
 
+MAKE_ROOM = "Make room, then add --resume to go on from the last checkpoint."
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
 
 

@@ -17,6 +17,7 @@ from detectron2.utils import comm
 
 from ..specs import ConfigError
 from .lifeline import Ending, Lifeline, admit, knock, open_door
+from .stopping import RunStopped
 
 logger = logging.getLogger(__name__)
 
@@ -72,6 +73,7 @@ def work(main: Callable[[], object], *, host: str, silence: float, may_tell: Cal
 
     Raises:
         SystemExit: with status 1, when ``main`` fails; its error was shown then.
+        RunStopped: what ``main`` raises.
     """
     if comm.get_world_size() == 1:
         main()
@@ -87,8 +89,13 @@ def work(main: Callable[[], object], *, host: str, silence: float, may_tell: Cal
         wait_for_all()
     except Exception as error:
         _fail(lifeline, workers, may_tell, error)
-    except SystemExit:  # a stop that the workers have agreed on
-        lifeline.close()
+    except RunStopped as stop:
+        if stop.agreed:
+            wait_for_all()  # for the parent process ends the others as soon as one has gone
+            lifeline.close()
+        else:
+            lifeline.report(f"stopped: {stop.message}")
+            time.sleep(_DELIVERY)
         raise
     lifeline.close()
 
