@@ -1,6 +1,6 @@
 """A loss that is not finite stops either stage, leaves the step in a file, and can be run again from it."""
 
-import subprocess
+import runpy
 import sys
 from pathlib import Path
 from typing import Any
@@ -13,10 +13,9 @@ from torch import nn
 from xlearner_d2.checkpoint.load import read_checkpoint
 from xlearner_d2.data.mappers import SourceMapper
 from xlearner_d2.engine.failure import guilty_sources, read_failure
-from xlearner_d2.engine.replay import describe, replay
+from xlearner_d2.engine.replay import replay
 from xlearner_d2.engine.steps import NonFiniteLoss, running_statistics
 from xlearner_d2.engine.stopping import RunStopped
-from xlearner_d2.specs import ConfigError
 
 ROOT = Path(__file__).resolve().parents[2]
 STEPS = 4
@@ -37,7 +36,7 @@ def project(tmp_path_factory: pytest.TempPathFactory) -> Project:
 
 
 def spoil(monkeypatch: pytest.MonkeyPatch, *, after: int) -> None:
-    """Make the image of the areas infinite, from the ``after``-th that is read."""
+    """Make the images of the areas infinite, from the ``after``-th that is read on."""
     real, left = SourceMapper.__call__, [after]
 
     def call(self: SourceMapper, record: Any, seed: int) -> Any:
@@ -52,7 +51,9 @@ def spoil(monkeypatch: pytest.MonkeyPatch, *, after: int) -> None:
 
 
 @pytest.mark.parametrize("stage", ["expand", "squeeze"])
-def test_a_failed_step_is_kept_and_fails_again(project: Project, monkeypatch: pytest.MonkeyPatch, stage: str) -> None:
+def test_a_failed_step_is_kept_and_fails_again(
+    project: Project, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], stage: str
+) -> None:
     """The trial of the plan reads two images, and a step two, so that step 1 is the first with a spoilt one."""
     opts: list[Any] = ["XLEARNER.STAGE", stage, "OUTPUT_DIR", project.root / f"failed_{stage}"]
     opts += ["XLEARNER.SQUEEZE.TEACHER", project.root / "out/expanded.pth", "SOLVER.CHECKPOINT_PERIOD", 1]
@@ -68,31 +69,36 @@ def test_a_failed_step_is_kept_and_fails_again(project: Project, monkeypatch: py
     assert f"The batch and the weights are in {file}: run tools/replay.py on it" in message
     failure = read_failure(file)
     assert [record["source"] for record in failure.batch["pics"]] == ["pics", "pics"]
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("DETECTRON2_DATASETS", str(project.root / "data"))
-        result = replay(failure)
+    monkeypatch.setenv("DETECTRON2_DATASETS", str(project.root / "data"))
+    result = replay(failure)
     assert result.losses.keys() == failure.losses.keys()
     for name, value in failure.losses.items():
         assert result.losses[name] == pytest.approx(value, rel=1e-6, nan_ok=True), name
-    text = describe(failure, result)
-    assert "areas/loss_sem_seg" in result.wrong
+    assert replay_command(monkeypatch, file) == 1
+    text = capsys.readouterr().out
+    assert "areas/loss_sem_seg" in text.split("Not finite:")[1]
     assert "stem.conv1" in text.split("begins in")[1]
+    assert "areas/images/" in text
     saved = read_checkpoint(project.root / f"failed_{stage}/{stage}/model_0000000.pth")["model"]
     kept = failure.models["expand" if stage == "expand" else "squeeze"]
     prefix = "" if stage == "expand" else "student."
     assert all(torch.equal(value, kept[prefix + name]) for name, value in saved.items())
 
 
-def test_the_command(project: Project, tmp_path: Path) -> None:
-    """Of a file that a run did not leave."""
+def replay_command(monkeypatch: pytest.MonkeyPatch, file: Path) -> Any:
+    """Exit code, or text, of ``tools/replay.py``."""
+    monkeypatch.setattr(sys, "argv", ["replay.py", str(file)])
+    with pytest.raises(SystemExit) as caught:
+        runpy.run_path(str(ROOT / "tools/replay.py"), run_name="__main__")
+    return caught.value.code
+
+
+def test_the_command_refuses_other_files(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     torch.save({"model": {}}, tmp_path / "x.pth")
     for name, message in (("x.pth", "is no whole failure file of a run"), ("y.pth", "There is no file")):
-        with pytest.raises(ConfigError, match=message):
-            read_failure(tmp_path / name)
-    command = [sys.executable, str(ROOT / "tools/replay.py"), str(tmp_path / "x.pth")]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=False)
-    assert done.returncode == 1
-    assert done.stderr.startswith("error: The replay has 1 problem:")
+        said = replay_command(monkeypatch, tmp_path / name)
+        assert said.startswith("error: The replay has 1 problem:")
+        assert message in said
 
 
 def test_the_source_that_spoils_the_others_is_named() -> None:

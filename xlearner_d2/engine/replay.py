@@ -57,7 +57,7 @@ def replay(failure: Failure) -> Replay:
     seed_step(max(plan.cfg.SEED, 0), failure.step, rank=failure.rank)
     with EventStorage(), _first_non_finite(model) as found, _precision(plan.cfg):
         try:
-            losses = {name: float(value) for name, value in model(failure.batch).items()}
+            losses = {name: value.item() for name, value in model(failure.batch).items()}
         except FloatingPointError as error:  # Detectron2's, at proposals that are not finite
             losses = {str(error): math.nan}
     return Replay(losses=losses, where=found[0] if found else "")
