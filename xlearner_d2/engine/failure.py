@@ -40,7 +40,8 @@ class Failure:
         losses: by name, as they were.
         config: the run's config, as YAML.
         batch: what the model was given.
-        models: weights and buffers before the step: of the expanded model ("expand") and of the distiller ("squeeze").
+        models: weights and buffers before the step: of the expanded model ("expand") and of the distiller ("squeeze"),
+            the one that was trained with what weighs its losses.
     """
 
     stage: str

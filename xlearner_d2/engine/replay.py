@@ -21,7 +21,7 @@ from ..modeling import XLearner
 from .failure import Failure
 from .plan import Plan, make_plan
 from .squeeze import build_squeeze_hook
-from .trainer import seed_step
+from .trainer import seed_step, weigh
 
 logger = logging.getLogger(__name__)
 
@@ -96,12 +96,14 @@ def _plan(failure: Failure) -> Plan:
 def _model(plan: Plan, failure: Failure) -> nn.Module:
     model = build_model(plan.cfg)
     assert isinstance(model, XLearner)
-    load_strictly(model, failure.models["expand"], path="in the failure file")
+    weighed = weigh(plan, model)
     if failure.stage == "expand":
-        return model
-    hook = build_squeeze_hook(plan, model.freeze(), [], max_iter=1)
-    load_strictly(hook.distiller, failure.models["squeeze"], path="in the failure file")
-    return hook.distiller
+        load_strictly(weighed, failure.models["expand"], path="in the failure file")
+        return weighed
+    load_strictly(model, failure.models["expand"], path="in the failure file")
+    distilled: nn.Module = build_squeeze_hook(plan, model.freeze(), [], max_iter=1).inner.module
+    load_strictly(distilled, failure.models["squeeze"], path="in the failure file")
+    return distilled
 
 
 def _precision(cfg: CfgNode) -> AbstractContextManager[Any]:

@@ -74,7 +74,8 @@ class SqueezeHook(HookBase):
     def after_step(self) -> None:
         self.inner.iter = self.trainer.iter
         rate = self.inner.optimizer.param_groups[0]["lr"]
-        self.trainer.storage.put_scalar(f"{self.inner.scope}lr", rate, smoothing_hint=False)
+        name = f"{self.inner.scope}/lr" if self.inner.scope else "lr"
+        self.trainer.storage.put_scalar(name, rate, smoothing_hint=False)
         self.inner.run_step()
         self.scheduler.step()
         if self.average is not None:

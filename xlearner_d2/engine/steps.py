@@ -1,6 +1,7 @@
 """Detectron2's trainers, with losses that are checked and logged without making the device wait."""
 
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -93,7 +94,7 @@ class StepTrainer(SimpleTrainer):
 
     def __init__(self, model: nn.Module, data_loader: Any, optimizer: torch.optim.Optimizer, *, scope: str = ""):
         super().__init__(model, data_loader, optimizer)
-        self.scope = f"{scope}/" if scope else ""
+        self.scope = scope
         self.on_non_finite: Callable[[NonFiniteLoss], None] = _raise
         self._group = torch.distributed.new_group(backend="gloo") if comm.get_world_size() > 1 else None
         self._batch: Any = None
@@ -117,7 +118,8 @@ class StepTrainer(SimpleTrainer):
         """
         self._losses = None
         try:
-            super().run_step()
+            with self._named():
+                super().run_step()
         except FloatingPointError as error:  # ours, or Detectron2's at proposals that are not finite
             losses: dict[str, float] = {} if self._losses is None else self._losses.wait()
             self.on_non_finite(
@@ -130,6 +132,10 @@ class StepTrainer(SimpleTrainer):
                     statistics=self._statistics_before,
                 )
             )
+
+    def _named(self) -> AbstractContextManager[None]:
+        """Everything logged within has the scope as its prefix."""
+        return get_event_storage().name_scope(self.scope) if self.scope else nullcontext()
 
     def _before_forward(self, _module: nn.Module, args: tuple[Any, ...]) -> None:
         self._batch = args[0]
@@ -147,7 +153,7 @@ class StepTrainer(SimpleTrainer):
         losses = self._losses.wait()
         wrong = {name: value for name, value in losses.items() if not np.isfinite(value)}
         if wrong:
-            listed = ", ".join(f"{self.scope}{name} is {value}" for name, value in wrong.items())
+            listed = ", ".join(f"{name} is {value}" for name, value in wrong.items())
             raise FloatingPointError(f"The loss of step {self.iter} is not finite: {listed}.")
         self.flush()
         row = [*losses.values(), data_time, float(_num_images(self._batch))]
@@ -161,20 +167,18 @@ class StepTrainer(SimpleTrainer):
             return
         (step, names, exchange), self._logged = self._logged, None
         rows = exchange.wait()
-        storage, scope = get_event_storage(), self.scope
-        storage.put_scalar(f"{scope}rank_data_time", rows[comm.get_rank(), -2], cur_iter=step)
-        if not comm.is_main_process():
-            return
         losses = dict(zip(names, rows[:, :-2].mean(0).tolist(), strict=True))
         found = {
+            "rank_data_time": rows[comm.get_rank(), -2],
             **losses,
             **{f"{source}/total_loss": value for source, value in by_source(losses).items()},
             "total_loss": sum(losses.values()),
             "data_time": rows[:, -2].max(),  # the slowest worker's is what all wait for
             "images": rows[:, -1].sum(),
         }
-        for name, value in found.items():
-            storage.put_scalar(f"{scope}{name}", value, cur_iter=step)
+        with self._named():
+            for name, value in found.items():
+                get_event_storage().put_scalar(name, value, cur_iter=step)
 
     def state_dict(self) -> dict[str, Any]:
         """Detectron2's; what is on its way is logged first, so that hooks can save it."""
