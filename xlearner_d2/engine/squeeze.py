@@ -272,7 +272,7 @@ def squeeze(plan: Plan, *, resume_run: bool) -> None:
     checkpointer = TrainingCheckpointer(
         hook.distiller.student, str(folder), trainer=trainer, worker_statistics=statistics
     )
-    trainer.register_hooks(stage_hooks(plan.cfg, checkpointer, folder, max_iter=max_iter))
+    trainer.register_hooks(stage_hooks(plan.cfg, checkpointer, folder, max_iter=max_iter, trainers=[hook.inner]))
     start = resume(trainer, checkpointer, wanted=resume_run)
     start_at(loader, start)
     trainer.train(start, max_iter)

@@ -1,7 +1,7 @@
 """The expand stage: assemble Detectron2's trainer around the expanded model, and run it."""
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -151,7 +151,9 @@ def resume(trainer: TrainerBase, checkpointer: TrainingCheckpointer, *, wanted: 
     return trainer.iter + 1
 
 
-def stage_hooks(cfg: CfgNode, checkpointer: TrainingCheckpointer, folder: Path, *, max_iter: int) -> list[HookBase]:
+def stage_hooks(
+    cfg: CfgNode, checkpointer: TrainingCheckpointer, folder: Path, *, max_iter: int, trainers: Sequence[StepTrainer]
+) -> list[HookBase]:
     """Hooks that close a stage's list: what all others logged is written, then all that they hold is saved."""
 
     def writers(written: int) -> list[EventWriter]:
@@ -159,7 +161,7 @@ def stage_hooks(cfg: CfgNode, checkpointer: TrainingCheckpointer, folder: Path, 
             return []
         return make_writers(folder, max_iter=max_iter, written=written, wandb_project=cfg.XLEARNER.WANDB)
 
-    return [Watch(writers), Checkpoints(checkpointer, period=cfg.SOLVER.CHECKPOINT_PERIOD)]
+    return [Watch(writers, trainers=trainers), Checkpoints(checkpointer, period=cfg.SOLVER.CHECKPOINT_PERIOD)]
 
 
 def finished(plan: Plan, stage: str, result: str) -> bool:
@@ -207,7 +209,8 @@ def expand(plan: Plan, *, resume_run: bool) -> XLearner:
         worker_statistics=WorkerStatistics([model, *(hook.distiller for hook in squeezing)]),
         **weights_of(weighed),
     )
-    trainer.register_hooks(stage_hooks(cfg, checkpointer, folder, max_iter=cfg.SOLVER.MAX_ITER))
+    trainers = [trainer, *(hook.inner for hook in squeezing)]
+    trainer.register_hooks(stage_hooks(cfg, checkpointer, folder, max_iter=cfg.SOLVER.MAX_ITER, trainers=trainers))
     start = resume(trainer, checkpointer, wanted=resume_run)
     start_at(loader, start)
     trainer.train(start, cfg.SOLVER.MAX_ITER)

@@ -16,6 +16,7 @@ from detectron2.utils.events import EventStorage, EventWriter, JSONWriter, Tenso
 from fvcore.common.history_buffer import HistoryBuffer
 
 from ..checkpoint.files import write_atomically
+from .steps import StepTrainer
 from .stopping import RunStopped, stopping_when_full
 
 logger = logging.getLogger(__name__)
@@ -38,11 +39,19 @@ class Watch(HookBase):
         make_writers: called with the last step that was written (-1 if none) when training starts; only the main
             worker has any.
         period: in steps.
+        trainers: whose losses may still be on their way from other workers.
     """
 
-    def __init__(self, make_writers: Callable[[int], Sequence[EventWriter]], *, period: int = 20):
+    def __init__(
+        self,
+        make_writers: Callable[[int], Sequence[EventWriter]],
+        *,
+        period: int = 20,
+        trainers: Sequence[StepTrainer] = (),
+    ):
         self.make_writers = make_writers
         self.period = period
+        self.trainers = trainers
         self.written = -1
         self._recent: dict[str, Any] = {}
         self._writers: Sequence[EventWriter] = ()
@@ -59,6 +68,8 @@ class Watch(HookBase):
         step = self.trainer.iter
         if (step + 1) % self.period and step + 1 != self.trainer.max_iter:
             return
+        for trainer in self.trainers:
+            trainer.flush()
         _put_speed(self.trainer.storage)
         with stopping_when_full():
             for writer in self._writers:
