@@ -2,6 +2,7 @@
 
 import os
 from pathlib import Path
+from typing import Any
 
 import pytest
 from builtin_data import (
@@ -204,3 +205,26 @@ def test_real_data_set_has_no_problem(spec: DatasetSpec) -> None:
     records = read(spec, root)
     assert len(records) > 50
     assert check_records(spec.name, records, MetadataCatalog.get(spec.name), max_images=20) == []
+
+
+def real(spec: DatasetSpec) -> list[dict[str, Any]]:
+    if "DETECTRON2_DATASETS" not in os.environ or not (dataset_root() / (spec.images or spec.list)).exists():
+        pytest.skip("$DETECTRON2_DATASETS does not have this data set")
+    return read(spec, dataset_root())
+
+
+def test_a_real_list_equals_its_folders() -> None:
+    base = {"name": "x_real", "classes": "downstream/cls_pets3/classes.txt"}
+    folder = real(DatasetSpec(**base, format="image_folder", images="downstream/cls_pets3/val"))
+    listed = real(DatasetSpec(**base, format="image_list", list="downstream/cls_pets3/val.txt"))
+    assert sorted((record["file_name"], record["category_id"]) for record in listed) == sorted(
+        (record["file_name"], record["category_id"]) for record in folder
+    )
+
+
+def test_a_real_list_of_images_equals_their_folder() -> None:
+    folder = "downstream/seg_aerial5"
+    base = {"name": "x_real", "format": "sem_seg", "classes": f"{folder}/classes.txt"}
+    alone = real(DatasetSpec(**base, images=f"{folder}/images/val", labels=f"{folder}/masks/val"))
+    listed = DatasetSpec(**base, images=f"{folder}/images", labels=f"{folder}/masks", list=f"{folder}/val.txt")
+    assert sorted(real(listed), key=lambda record: record["file_name"]) == alone
