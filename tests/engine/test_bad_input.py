@@ -162,8 +162,8 @@ def test_all_problems_of_a_config_are_listed_at_once(project):
     set_source(project, "boxes", LOSS_WEIGHT="much")
     with pytest.raises(ConfigError) as caught:
         project.run("XLEARNER.SHARING", "joined", "XLEARNER.SQUEEZE.DISTANCE", "far", "XLEARNER.COMPILE", "inductr")
-    assert len(caught.value.problems) == 5
-    assert str(caught.value).startswith("The configuration has 5 problems:\n  1. ")
+    assert len(caught.value.problems) == 6
+    assert str(caught.value).startswith("The configuration has 6 problems:\n  1. ")
 
 
 def test_the_command_says_it_in_one_message_and_exits_with_an_error(project):

@@ -164,7 +164,7 @@ def test_test_set_without_an_evaluator(fresh: Project) -> None:
     MetadataCatalog.get("k_odd").set(evaluator_type="odd", thing_classes=["face"])
     DatasetCatalog.register("k_odd", lambda: DatasetCatalog.get("k_points"))
     try:
-        with pytest.raises(ConfigError, match=r"boxless\.TEST: the data set 'k_odd' has the evaluator_type 'odd', but"):
+        with pytest.raises(ConfigError, match=r"boxless\.TEST: evaluator_type of .* 'k_odd' is 'odd', but coco"):
             dry_run(fresh, "boxless", TEST=["k_odd"])
     finally:
         DatasetCatalog.pop("k_odd")

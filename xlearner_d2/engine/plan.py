@@ -13,7 +13,7 @@ from detectron2.config import CfgNode
 from ..config import SHARING, STAGES, STEPS
 from ..data.balance import build_stream, share_images
 from ..data.sources import SourceData, load_records, register_sources, source_data
-from ..evaluation.build import EVALUATED, check_evaluation, evaluator_type
+from ..evaluation.build import check_evaluation
 from ..extensions import import_modules
 from ..modeling.distill import DISTANCES, NORMALISERS
 from ..modeling.expanded import STAGES as RESNET_STAGES
@@ -230,11 +230,6 @@ def _check_start(cfg: CfgNode, tasks: Sequence[TaskSpec]) -> list[str]:
 def _check_head(source: SourceSpec, head: CfgNode, world_size: int) -> list[str]:
     """Problems of a head's settings with the way the source is trained and tested."""
     where, problems = f"XLEARNER.SOURCES.{source.name}", []
-    for name in source.test:
-        kind = evaluator_type(name, head)
-        if kind not in EVALUATED:
-            got = f"the data set {name!r} has the evaluator_type {kind!r}, but {', '.join(EVALUATED)} are known"
-            problems.append(f"{where}.TEST: {got}. Leave it out of TEST.")
     options, share = head.MODEL.CLASSIFIER, source.ims_per_batch // world_size
     mixes = options.MIXUP or options.CUTMIX
     if mixes and share % 2:

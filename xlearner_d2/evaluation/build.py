@@ -334,10 +334,6 @@ _BUILDERS: dict[str, _Builder] = {
 }
 
 
-#: What :func:`build_evaluator` knows.
-EVALUATED = tuple(_BUILDERS)
-
-
 def evaluator_type(dataset_name: str, head: CfgNode | None = None) -> str | None:
     """What is evaluated: what the data set's metadata says, unless its head learns something else from it."""
     if head is not None and head.MODEL.META_ARCHITECTURE == "ImageClassifier" and head.MODEL.CLASSIFIER.MULTI_LABEL:
@@ -345,13 +341,22 @@ def evaluator_type(dataset_name: str, head: CfgNode | None = None) -> str | None
     return MetadataCatalog.get(dataset_name).get("evaluator_type", None)
 
 
+def _known_type(dataset_name: str, head: CfgNode | None) -> str:
+    kind = evaluator_type(dataset_name, head)
+    if kind not in _BUILDERS:
+        raise ValueError(
+            f"evaluator_type of the data set {dataset_name!r} is {kind!r}, but {', '.join(_BUILDERS)} are known."
+        )
+    return kind
+
+
 def check_evaluation(dataset_name: str, head: CfgNode | None = None) -> None:
-    """See that the annotations of a data set have what its evaluation reads, where its registration need not do so.
+    """See that a data set has an evaluator and, where its registration need not do so, that it can be read by it.
 
     Raises:
         ValueError: as :func:`build_evaluator`.
     """
-    if evaluator_type(dataset_name, head) == "pascal_voc":
+    if _known_type(dataset_name, head) == "pascal_voc":
         PresentClassesVOCEvaluator(dataset_name)
 
 
@@ -369,11 +374,7 @@ def build_evaluator(dataset_name: str, *, output_dir: str | None, head: CfgNode 
     """
     if dataset_name not in DatasetCatalog.list():
         raise ValueError(f"There is no data set {dataset_name!r}; it has to be registered before it is evaluated.")
-    kind = evaluator_type(dataset_name, head)
-    if kind not in _BUILDERS:
-        raise ValueError(
-            f"evaluator_type of the data set {dataset_name!r} is {kind!r}, but {', '.join(_BUILDERS)} are known."
-        )
+    kind = _known_type(dataset_name, head)
     folder = None
     if output_dir is not None:
         # The evaluators use fixed file names, so data sets need a folder each.
