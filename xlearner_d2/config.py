@@ -71,6 +71,15 @@ def add_xlearner_config(cfg: CfgNode) -> None:
     # dwa: steps over which losses are averaged before they are compared.
     w.WINDOW = 100
 
+    # An expanded checkpoint to extend by the sources and tasks that it does not have; it starts with all it has.
+    x.EXTEND = ""
+    # Start of the branches that EXTEND does not have: one of its tasks (that branch), a ResNet checkpoint, "random", or
+    # "" (the branch of its first task).
+    x.EXTEND_INIT = ""
+    # Tasks of EXTEND that stay as they are: their branches, the layers into these, and the heads of its sources. Those
+    # sources then need no TRAIN; new sources of these tasks train their heads alone.
+    x.FREEZE = []
+
     x.RECONCILIATION = r = CfgNode()
     # Stages of a branch that receive features of the other branches.
     r.STAGES = ["res2", "res3", "res4"]
@@ -284,6 +293,8 @@ def _merge_free_overrides(cfg: CfgNode, opts: Sequence[str]) -> list[str]:
                 if not isinstance(records.get(name), CfgNode):
                     raise ConfigError([f"{key}: there is no such record.{nearest(name, records)}"])
                 records[name][inner] = _decode(key, text)
+            case ["XLEARNER" as part, "FREEZE" as kind]:  # names, which yacs would want in quotes
+                cfg[part][kind] = _decode(key, text)
             case ["XLEARNER", "SQUEEZE", "SOLVER", inner]:
                 cfg.XLEARNER.SQUEEZE.SOLVER[inner] = _decode(key, text)
             case _:

@@ -106,7 +106,7 @@ class SourceSpec:
         name: unique; used in log lines, metrics and loss names.
         task: free name; sources with the same task share a branch.
         config: the Detectron2 config whose model becomes this source's head; a file or a model-zoo path.
-        train: names of registered data sets, concatenated.
+        train: names of registered data sets, concatenated; needed unless the source is frozen (``XLEARNER.FREEZE``).
         test: names of registered data sets, evaluated one by one.
         ims_per_batch: images of this source in each step, over all workers.
         loss_weight: factor on every loss of this source.
@@ -118,12 +118,17 @@ class SourceSpec:
     name: str
     task: str
     config: str
-    train: tuple[str, ...]
+    train: tuple[str, ...] = ()
     test: tuple[str, ...] = ()
     ims_per_batch: int = 16
     loss_weight: float = 1.0
     sampler: str = ""
     opts: tuple[Any, ...] = ()
+
+    @property
+    def data_sets(self) -> tuple[str, ...]:
+        """Those that it is trained on, then those that it is tested on; the first one's metadata has its classes."""
+        return (*self.train, *self.test)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -250,11 +255,11 @@ def _check_name(name: str, where: str) -> list[str]:
     return [f"{where}: the name {name!r} has a meaning in PyTorch; choose another one."] if taken else []
 
 
-def _check_source(spec: SourceSpec, where: str, world_size: int) -> list[str]:
+def _check_source(spec: SourceSpec, where: str, world_size: int, *, frozen: bool) -> list[str]:
     problems = _check_name(str(spec.name), where) + _check_name(spec.task, f"{where}.TASK")
     if not spec.task.isidentifier():
         problems.append(f"{where}.TASK is {spec.task!r}, but a name of letters, digits and underscores is expected.")
-    if not spec.train:
+    if not spec.train and not frozen:
         problems.append(f"{where}.TRAIN is empty, but at least one data set is needed.")
     if spec.ims_per_batch < 1 or spec.ims_per_batch % world_size:
         workers = f" that {world_size} workers can share evenly" if world_size > 1 else ""
@@ -268,8 +273,14 @@ def _check_source(spec: SourceSpec, where: str, world_size: int) -> list[str]:
     return problems
 
 
-def parse_sources(records: Mapping[str, Any], problems: list[str], *, world_size: int = 1) -> list[SourceSpec]:
-    """Parse ``XLEARNER.SOURCES``; a null record is skipped, so that a derived config can drop a source."""
+def parse_sources(
+    records: Mapping[str, Any], problems: list[str], *, world_size: int = 1, frozen_tasks: Sequence[str] = ()
+) -> list[SourceSpec]:
+    """Parse ``XLEARNER.SOURCES``; a null record is skipped, so that a derived config can drop a source.
+
+    Args:
+        frozen_tasks: ``XLEARNER.FREEZE``; their sources may be without TRAIN.
+    """
     parsed = []
     for name, record in records.items():
         if record is None:
@@ -279,7 +290,7 @@ def parse_sources(records: Mapping[str, Any], problems: list[str], *, world_size
             problems.append(f"{where}: {name!r} is no source name; letters, digits and underscores are expected.")
         spec = parse_record(SourceSpec, name, record, where, problems)
         if spec is not None:
-            problems += _check_source(spec, where, world_size)
+            problems += _check_source(spec, where, world_size, frozen=spec.task in frozen_tasks)
             parsed.append(spec)
     if not parsed and not problems:
         problems.append("XLEARNER.SOURCES is empty, but at least one source is needed.")

@@ -63,7 +63,7 @@ def test_shares_replace_what_the_sources_say(project):
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("DETECTRON2_DATASETS", str(project.root / "data"))
         plan = make_plan(project.load("XLEARNER.SAMPLING.IMS_PER_BATCH", 18), world_size=3)
-    assert [source.ims_per_batch for source in plan.sources] == [6, 6, 6]
+    assert [source.ims_per_batch for source in plan.drawn["expand"].sources] == [6, 6, 6]
 
 
 @pytest.mark.parametrize(

@@ -51,7 +51,7 @@ def plan_of(project: Project, *opts: Any) -> Plan:
 
 def hook_of(project: Project, *opts: Any) -> SqueezeHook:
     plan = plan_of(project, *opts)
-    return build_squeeze_hook(plan, load_teacher(plan), build_loader(plan), max_iter=2)
+    return build_squeeze_hook(plan, load_teacher(plan), build_loader(plan, "squeeze"), max_iter=2)
 
 
 def squeezed(project: Project, out: Path, *opts: Any, resume: bool = False) -> dict[str, Tensor]:
@@ -122,7 +122,7 @@ def test_heads_start_as_far_as_shapes_allow(finished: Project) -> None:
     """A shallower student has other channels: what reads them starts afresh, the rest is the teacher's."""
     plan = plan_of(finished, "XLEARNER.SQUEEZE.DEPTH", 18)
     teacher = load_teacher(plan)
-    learner = build_learner(plan, teacher)
+    learner = build_learner(plan, teacher, "squeeze")
     assert learner.backbone.branch(TRUNK).output_shape()["res5"].channels == 512
     own, taught = learner.heads["boxes"].state_dict(), teacher.heads["boxes"].state_dict()
     equal = {name for name in own if own[name].shape == taught[name].shape}
@@ -138,7 +138,7 @@ def test_without_task_losses_there_are_no_heads(finished: Project) -> None:
 
 
 def test_hint_weight_is_that_of_the_config(finished: Project) -> None:
-    batches = next(iter(build_loader(plan_of(finished))))
+    batches = next(iter(build_loader(plan_of(finished), "squeeze")))
     losses = []
     for weight in (1.0, 4.0):
         torch.manual_seed(0)

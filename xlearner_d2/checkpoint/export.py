@@ -44,9 +44,21 @@ def export_student(student: nn.Module, cfg: CfgNode, path: str | Path) -> None:
     save_atomically(data, path)
 
 
-def save_expanded(model: nn.Module, cfg: CfgNode, tasks: Sequence[TaskSpec], path: str | Path) -> None:
-    """Save the expanded model with what is needed to build its backbone again without its sources' data."""
-    description = {"config": cfg.dump(), "tasks": [_plain_task(task) for task in tasks]}
+def save_expanded(
+    model: nn.Module,
+    cfg: CfgNode,
+    tasks: Sequence[TaskSpec],
+    path: str | Path,
+    *,
+    classes: Mapping[str, Sequence[Any]] | None = None,
+) -> None:
+    """Save the expanded model with what is needed to build it again without its sources' data.
+
+    Args:
+        classes: by source, settings of its head that hold numbers of classes, as keys and values.
+    """
+    description: dict[str, Any] = {"config": cfg.dump(), "tasks": [_plain_task(task) for task in tasks]}
+    description["classes"] = {source: list(counts) for source, counts in (classes or {}).items()}
     state = {name: value.detach().cpu() for name, value in model.state_dict().items()}
     save_atomically({"model": state, "xlearner": description}, path)
 

@@ -1,12 +1,16 @@
 """The plan in words and tables: what will be trained, on what, for how long, in how much memory."""
 
+from typing import Any
+
 from detectron2.config import CfgNode
 from detectron2.modeling import build_model
 from tabulate import tabulate
 from torch import nn
 
 from ..modeling import XLearner
-from .plan import EXPANDED_FILE, STUDENT_FILE, Plan, squeeze_config
+from ..specs import SourceSpec
+from .growth import grow
+from .plan import EXPANDED_FILE, STUDENT_FILE, Drawn, Plan, squeeze_config
 from .trial import expected_memory
 
 
@@ -19,18 +23,22 @@ def explain(plan: Plan) -> str:
         ConfigError: when a head does not fit its branch or its images.
     """
     model = build_model(plan.cfg)
+    growth = []
+    if plan.growth is not None and "expand" in plan.stages:
+        growth = [f"It extends {plan.growth.path}: {grow(model, plan.cfg, plan.growth)}"]
     squeeze_steps = squeeze_config(plan.cfg).SOLVER.MAX_ITER
     steps = {"expand": plan.cfg.SOLVER.MAX_ITER, "squeeze": squeeze_steps}
     lines = [
         f"The plan: {', then '.join(f'{stage} for {steps[stage]} steps' for stage in plan.stages)}, "
         f"on {_devices(plan)}, sharing {plan.cfg.XLEARNER.SHARING!r}.",
         *_scaling(plan),
+        *growth,
         "",
         _sources_table(plan, model),
         "",
         _branches_table(plan, model),
         "",
-        f"Parameters in training: {_millions(model)} in all, {_millions(model.backbone.reconciliation)} of them in "
+        f"Parameters in training: {_trained(model)} in all, {_trained(model.backbone.reconciliation)} of them in "
         "reconciliation layers. Expected memory of a training step: about "
         f"{expected_memory(plan, model):.1f} GB a worker, besides what its libraries take.",
         f"Results: {plan.cfg.OUTPUT_DIR}/{EXPANDED_FILE}, {plan.cfg.OUTPUT_DIR}/{STUDENT_FILE}.",
@@ -56,26 +64,33 @@ def _devices(plan: Plan) -> str:
 
 
 def _sources_table(plan: Plan, model: XLearner) -> str:
-    rows = []
-    for source in plan.sources:
-        data = plan.data[source.name]
-        rows.append(
-            (
-                source.name,
-                source.task,
-                len(data.train),
-                sum(len(records) for records in data.test.values()),
-                _num_classes(plan.heads[source.name]),
-                source.ims_per_batch,
-                *([f"{plan.turns[source.name]} of {sum(plan.turns.values())}"] if plan.turns else []),
-                f"{plan.epochs(source, plan.cfg.SOLVER.MAX_ITER):.1f}",
-                source.loss_weight,
-                _millions(model.heads[source.name]),
-            )
-        )
-    steps = ["steps"] if plan.turns else []
+    drawn = plan.drawn[plan.stages[0]]
+    rows = [_source_row(plan, model, source, drawn) for source in plan.sources]
+    steps = ["steps"] if drawn.turns else []
     names = ["source", "task", "train", "test", "classes", "images a step", *steps, "epochs", "loss weight", "head"]
     return tabulate(rows, headers=names)
+
+
+def _source_row(plan: Plan, model: XLearner, source: SourceSpec, drawn: Drawn) -> tuple[Any, ...]:
+    data = plan.data[source.name]
+    by_name = {of.name: of for of in drawn.sources}
+    if source.name in by_name:
+        images, part = by_name[source.name].ims_per_batch, drawn.part(source)
+        epochs = plan.cfg.SOLVER.MAX_ITER * part * images / len(data.train)
+        seen = [images, *([f"{drawn.turns[source.name]} of {sum(drawn.turns.values())}"] if drawn.turns else [])]
+        seen.append(f"{epochs:.1f}")
+    else:
+        seen = ["frozen", *(["-"] if drawn.turns else []), "-"]
+    return (
+        source.name,
+        source.task,
+        len(data.train),
+        sum(len(records) for records in data.test.values()),
+        _num_classes(plan.heads[source.name]),
+        *seen,
+        source.loss_weight,
+        _millions(model.heads[source.name]),
+    )
 
 
 def _num_classes(head: CfgNode) -> str:
@@ -104,6 +119,10 @@ def _branches_table(plan: Plan, model: XLearner) -> str:
 
 def _depth(cfg: CfgNode) -> str:
     return f"ResNet-{cfg.MODEL.RESNETS.DEPTH}"
+
+
+def _trained(module: nn.Module) -> str:
+    return f"{sum(p.numel() for p in module.parameters() if p.requires_grad) / 1e6:.2f} M"
 
 
 def _millions(module: nn.Module) -> str:

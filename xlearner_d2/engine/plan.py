@@ -2,24 +2,25 @@
 
 import importlib.util
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from detectron2.config import CfgNode
 
-from ..config import SHARING, STAGES, STEPS
-from ..data.balance import build_stream, share_images
+from ..config import SHARING, STAGES
+from ..data.balance import build_stream
 from ..data.sources import SourceData, load_records, register_sources, source_data
 from ..evaluation.build import check_evaluation
 from ..extensions import import_modules
 from ..modeling.distill import DISTANCES, NORMALISERS
 from ..modeling.expanded import STAGES as RESNET_STAGES
 from ..modeling.heads import COMPILED_HINT, derive_tasks, has_compiled_operators, head_config
-from ..modeling.weighting import METHODS
 from ..specs import ConfigError, ProbeSpec, SourceSpec, TaskSpec, nearest, parse_probes, parse_sources
+from .drawn import Drawn, balance, check_sampling, check_weighting
+from .growth import Growth, check_tasks, read_growth, with_stored_classes
 from .optimizer import OPTIMIZERS
 from .scaling import check_norm, check_timeouts, scale_to_workers
 
@@ -42,7 +43,8 @@ class Plan:
         tasks: the branches.
         data: the records of each source, by source.
         probes: linear probes of the student.
-        turns: by source, how many steps of a round are its own; empty when every step draws from every source.
+        drawn: by stage; the expansion leaves frozen sources out, the squeeze those without training data.
+        growth: the trained expansion that this run extends, if any.
     """
 
     world_size: int
@@ -53,17 +55,13 @@ class Plan:
     tasks: tuple[TaskSpec, ...]
     data: Mapping[str, SourceData]
     probes: tuple[ProbeSpec, ...]
-    turns: Mapping[str, int]
+    drawn: Mapping[str, Drawn]
+    growth: Growth | None
 
     @property
     def stages(self) -> tuple[str, ...]:
         """The stages to run, in order."""
         return ("expand", "squeeze") if self.cfg.XLEARNER.STAGE == "all" else (self.cfg.XLEARNER.STAGE,)
-
-    def epochs(self, source: SourceSpec, steps: int) -> float:
-        """How often the images of a source are seen in so many steps, on average."""
-        part = self.turns[source.name] / sum(self.turns.values()) if self.turns else 1
-        return steps * part * source.ims_per_batch / len(self.data[source.name].train)
 
     def stage_dir(self, stage: str) -> Path:
         """Where a stage keeps its checkpoints and logs."""
@@ -117,33 +115,9 @@ def _check_squeeze(cfg: CfgNode) -> list[str]:
     return problems
 
 
-def _check_sampling(cfg: CfgNode, world_size: int) -> list[str]:
-    sampling, problems = cfg.XLEARNER.SAMPLING, _one_of("STEPS", cfg.XLEARNER.STEPS, STEPS)
-    if sampling.IMS_PER_BATCH < 0 or sampling.IMS_PER_BATCH % world_size:
-        wish = f"a multiple of the number of workers, {world_size}," if world_size > 1 else "a number of at least 0"
-        problems.append(f"XLEARNER.SAMPLING.IMS_PER_BATCH is {sampling.IMS_PER_BATCH}, but {wish} is expected.")
-    if not sampling.TEMPERATURE > 0:
-        problems.append(f"XLEARNER.SAMPLING.TEMPERATURE is {sampling.TEMPERATURE}, but a positive number is expected.")
-    return problems
-
-
-def _check_weighting(cfg: CfgNode, turns: Mapping[str, int]) -> list[str]:
-    weighting = cfg.XLEARNER.WEIGHTING
-    problems = _one_of("WEIGHTING.METHOD", weighting.METHOD, ("fixed", *METHODS))
-    if not weighting.TEMPERATURE > 0:
-        got = f"XLEARNER.WEIGHTING.TEMPERATURE is {weighting.TEMPERATURE}"
-        problems.append(f"{got}, but a positive number is expected.")
-    least = sum(turns.values()) or 1
-    if least > weighting.WINDOW:
-        round_ = ", a round of alternating steps," if least > 1 else ""
-        got = f"XLEARNER.WEIGHTING.WINDOW is {weighting.WINDOW}"
-        problems.append(f"{got}, but a number of at least {least}{round_} is expected.")
-    return problems
-
-
 def _check_settings(cfg: CfgNode, world_size: int) -> list[str]:
     problems = _one_of("STAGE", cfg.XLEARNER.STAGE, STAGES)
-    problems += _check_sampling(cfg, world_size)
+    problems += check_sampling(cfg, world_size)
     if cfg.XLEARNER.COMPILE:
         problems += _one_of("COMPILE", cfg.XLEARNER.COMPILE, torch.compiler.list_backends(exclude_tags=()))
     problems += _one_of("SHARING", cfg.XLEARNER.SHARING, SHARING)
@@ -249,26 +223,16 @@ def _check_head(source: SourceSpec, head: CfgNode, world_size: int) -> list[str]
     return problems
 
 
-def _balance(
-    cfg: CfgNode, sources: Sequence[SourceSpec], data: Mapping[str, SourceData], world_size: int
-) -> tuple[list[SourceSpec], dict[str, int]]:
-    """The sources with the images of a step that draws from each, and their turns (empty for joint steps).
-
-    Raises:
-        ConfigError: when the images of a step cannot be shared.
-    """
-    total, alternating = cfg.XLEARNER.SAMPLING.IMS_PER_BATCH, cfg.XLEARNER.STEPS == "alternating"
-    if not total:
-        return list(sources), {source.name: 1 for source in sources} if alternating else {}
-    sizes = {source.name: len(data[source.name].train) for source in sources}
-    temperature = cfg.XLEARNER.SAMPLING.TEMPERATURE
-    try:
-        shares = share_images(total, sizes, temperature=temperature, workers=1 if alternating else world_size)
-    except ValueError as error:
-        raise ConfigError([f"XLEARNER.SAMPLING.IMS_PER_BATCH: {error}."]) from error
-    if alternating:
-        return [replace(source, ims_per_batch=total) for source in sources], shares
-    return [replace(source, ims_per_batch=shares[source.name]) for source in sources], {}
+def _check_training(sources: Sequence[SourceSpec], frozen: Collection[str]) -> list[str]:
+    """A new source of a frozen task has its head to train; something has to be trained."""
+    problems = [
+        f"XLEARNER.SOURCES.{source.name}.TRAIN is empty, but its head is new: at least one data set is needed."
+        for source in sources
+        if not source.train and frozen and source.name not in frozen
+    ]
+    if sources and all(source.name in frozen for source in sources):
+        problems.append("XLEARNER.FREEZE leaves nothing to train: add a source, or freeze less.")
+    return problems
 
 
 def _check_tests(source: SourceSpec, head: CfgNode) -> list[str]:
@@ -296,8 +260,19 @@ def make_plan(cfg: CfgNode, *, world_size: int) -> Plan:
     import_modules(cfg.XLEARNER.IMPORTS)
     problems = _check_settings(cfg, world_size)
     problems += check_norm(cfg, "MODEL", world_size)
+    growth = None
+    with _collect(problems):
+        growth = read_growth(cfg)
+        cfg = with_stored_classes(cfg, growth)
     sharing = cfg.XLEARNER.SAMPLING.IMS_PER_BATCH != 0  # instead of what each source says
-    sources = parse_sources(cfg.XLEARNER.SOURCES, problems, world_size=1 if sharing else world_size)
+    sources = parse_sources(
+        cfg.XLEARNER.SOURCES,
+        problems,
+        world_size=1 if sharing else world_size,
+        frozen_tasks=cfg.XLEARNER.FREEZE,
+    )
+    frozen = frozenset() if growth is None else growth.frozen
+    problems += _check_training(sources, frozen)
     probes = parse_probes(cfg.XLEARNER.PROBES, problems)
     with _collect(problems):
         register_sources(cfg, sources, probes)
@@ -311,9 +286,12 @@ def make_plan(cfg: CfgNode, *, world_size: int) -> Plan:
             data[source.name] = source_data(source, heads[source.name], records)
     if problems:
         raise ConfigError(problems)
-    sources, turns = _balance(cfg, sources, data, world_size)
-    problems += _check_weighting(cfg, turns)
-    for source in sources:
+    drawn = {
+        "expand": balance(cfg, [source for source in sources if source.name not in frozen], data, world_size),
+        "squeeze": balance(cfg, [source for source in sources if source.train], data, world_size),
+    }
+    problems += check_weighting(cfg, drawn)
+    for source in {(s.name, s.ims_per_batch): s for of in drawn.values() for s in of.sources}.values():
         with _collect(problems):
             problems += _check_head(source, heads[source.name], world_size)
             problems += _check_tests(source, heads[source.name])
@@ -323,6 +301,7 @@ def make_plan(cfg: CfgNode, *, world_size: int) -> Plan:
         raise ConfigError(problems)
     tasks = derive_tasks(sources, heads)
     problems += _check_start(cfg, tasks)
+    problems += check_tasks(cfg, growth, tasks)
     if problems:
         raise ConfigError(problems)
     return Plan(
@@ -334,5 +313,6 @@ def make_plan(cfg: CfgNode, *, world_size: int) -> Plan:
         tasks=tuple(tasks),
         data=data,
         probes=tuple(probes),
-        turns=turns,
+        drawn=drawn,
+        growth=growth,
     )

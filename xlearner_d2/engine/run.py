@@ -124,6 +124,7 @@ def _report_expanded(plan: Plan, model: XLearner, results: SourceResults) -> dic
             name: trivial_metrics(name, train_names=source.train, head=plan.heads[source.name]) for name in source.test
         }
         for source in plan.sources
+        if source.train  # the constant answer comes from training data
     }
     folder = Path(plan.cfg.OUTPUT_DIR) / "pictures"
     _draw(plan, model, folder)
@@ -145,7 +146,7 @@ def _report_student(plan: Plan, weights: Path) -> dict[str, Any]:
 
 def _table(results: SourceResults, trivial: Mapping[str, Mapping[str, Mapping[str, float]]]) -> str:
     rows = [
-        (source, name, metric, value, trivial[source][name].get(metric))
+        (source, name, metric, value, trivial.get(source, {}).get(name, {}).get(metric))
         for source, by_name in results.items()
         for name, found in by_name.items()
         for metric, value in found.items()

@@ -146,10 +146,11 @@ def recalibrate(student: nn.Module, teacher: XLearner, loader: Iterable[Any], co
     student.train(training)
 
 
-def build_learner(plan: Plan, teacher: XLearner, *, scope: str = "") -> XLearner:
+def build_learner(plan: Plan, teacher: XLearner, stage: str, *, scope: str = "") -> XLearner:
     """A model with one trunk, the student, and a head for each source, started as the teacher's where shapes allow.
 
     Args:
+        stage: whose batches it will learn from.
         scope: prefix of what its heads log.
     """
     cfg = student_config(plan.cfg)
@@ -160,6 +161,9 @@ def build_learner(plan: Plan, teacher: XLearner, *, scope: str = "") -> XLearner
         own, taught = head.state_dict(), teacher.heads[source].state_dict()
         fitting = {name: value for name, value in taught.items() if name in own and own[name].shape == value.shape}
         head.load_state_dict(fitting, strict=False)
+    drawn = {source.name for source in plan.drawn[stage].sources}
+    for source in learner.heads.keys() - drawn:  # no image of theirs will come, and DDP waits for every gradient
+        learner.heads[source].requires_grad_(False)
     return learner
 
 
@@ -211,7 +215,8 @@ def build_squeeze_hook(
     cfg = squeeze_config(plan.cfg)
     cfg.SOLVER.MAX_ITER = max_iter
     squeeze = cfg.XLEARNER.SQUEEZE
-    learner = build_learner(plan, teacher, scope=scope) if squeeze.TASK_LOSSES else None
+    stage = "expand" if squeeze.ONLINE else "squeeze"
+    learner = build_learner(plan, teacher, stage, scope=scope) if squeeze.TASK_LOSSES else None
     student = learner.backbone.branch(TRUNK) if learner else build_student(plan, teacher)
     initialise_student(student, plan, teacher)
     distiller = Distiller(
@@ -227,7 +232,7 @@ def build_squeeze_hook(
     )
     if learner is None:
         freeze_unmatched(distiller)
-    weighed = weigh(plan, distiller) if learner else distiller
+    weighed = weigh(plan, distiller, stage) if learner else distiller
     optimizer = make_optimizer(cfg, weighed)
     path = Path(cfg.OUTPUT_DIR) / STUDENT_FILE
 
@@ -240,7 +245,7 @@ def build_squeeze_hook(
     return SqueezeHook(
         trainer=trainer,
         scheduler=build_lr_scheduler(cfg, optimizer),
-        recalibration=build_loader(plan, seed_offset=1),
+        recalibration=build_loader(plan, "squeeze", seed_offset=1),
         recalibration_batches=squeeze.BN_RECALIBRATION_BATCHES,
         export=export,
         average=ModelEmaV3(student, decay=squeeze.EMA_DECAY, use_warmup=True) if squeeze.EMA_DECAY else None,
@@ -264,7 +269,7 @@ def squeeze(plan: Plan, *, resume_run: bool) -> None:
     seed_all_rng(max(plan.cfg.SEED, 0))
     teacher = load_teacher(plan)
     max_iter = squeeze_config(plan.cfg).SOLVER.MAX_ITER
-    loader = build_loader(plan)
+    loader = build_loader(plan, "squeeze")
     hook = build_squeeze_hook(plan, teacher, loader, max_iter=max_iter)
     trainer = HookTrainer()
     trainer.register_hooks([StepSeed(max(plan.cfg.SEED, 0)), hook, hooks.IterationTimer()])  # the timer times the hook

@@ -22,10 +22,12 @@ from ..checkpoint.load import load_resnet, load_strictly, read_checkpoint
 from ..checkpoint.training import TrainingCheckpointer
 from ..data.loader import build_joint_train_loader, start_at
 from ..modeling import XLearner
+from ..modeling.heads import class_counts
 from ..modeling.weighting import weigh_losses, weights_of
 from .checkpoints import Checkpoints
 from .evaluate import SourceResults, evaluate_sources
 from .failure import stop_at_failure
+from .growth import grow
 from .norm_statistics import WorkerStatistics, share_norm_statistics
 from .optimizer import make_optimizer
 from .plan import EXPANDED_FILE, Plan
@@ -105,26 +107,26 @@ def build_step_trainer(
     return kind(distributed(model, alternating=alternating), loader, optimizer, scope=scope)
 
 
-def weigh(plan: Plan, model: nn.Module) -> nn.Module:
+def weigh(plan: Plan, model: nn.Module, stage: str) -> nn.Module:
     """The model with the weights of its sources' losses as ``XLEARNER.WEIGHTING`` says; itself when they are fixed."""
     options = plan.cfg.XLEARNER.WEIGHTING
     return weigh_losses(
         model,
         options.METHOD,
-        {source.name: source.loss_weight for source in plan.sources},
+        {source.name: source.loss_weight for source in plan.drawn[stage].sources},
         temperature=options.TEMPERATURE,
         window=options.WINDOW,
     )
 
 
-def build_loader(plan: Plan, *, seed_offset: int = 0) -> DataLoader[Any]:
-    """The joint training loader of a plan, from its first step."""
+def build_loader(plan: Plan, stage: str, *, seed_offset: int = 0) -> DataLoader[Any]:
+    """The joint training loader of a stage, from its first step."""
     return build_joint_train_loader(
-        plan.sources,
+        plan.drawn[stage].sources,
         plan.heads,
-        {name: data.train for name, data in plan.data.items()},
+        {source.name: plan.data[source.name].train for source in plan.drawn[stage].sources},
         seed=max(plan.cfg.SEED, 0) + seed_offset,
-        turns=plan.turns,
+        turns=plan.drawn[stage].turns,
         num_workers=plan.cfg.DATALOADER.NUM_WORKERS,
     )
 
@@ -179,10 +181,13 @@ def expand(plan: Plan, *, resume_run: bool) -> XLearner:
         logger.info(f"The expand stage is done already: {path}.")
         load_strictly(model, read_checkpoint(path)["model"], path=path)
         return model
-    initialise_branches(model, cfg.MODEL.WEIGHTS)
-    loader = build_loader(plan)
+    if plan.growth is None:
+        initialise_branches(model, cfg.MODEL.WEIGHTS)
+    else:
+        logger.info(f"Extending {plan.growth.path}: {grow(model, cfg, plan.growth)}")
+    loader = build_loader(plan, "expand")
     latest = LatestBatch(loader)
-    weighed = weigh(plan, model)
+    weighed = weigh(plan, model, "expand")
     optimizer = make_optimizer(cfg, weighed)
 
     def evaluate() -> SourceResults:
@@ -216,7 +221,8 @@ def expand(plan: Plan, *, resume_run: bool) -> XLearner:
     trainer.train(start, cfg.SOLVER.MAX_ITER)
     share_norm_statistics(model)
     if comm.is_main_process():
-        save_expanded(model, cfg, plan.tasks, path)
+        classes = {source: class_counts(head) for source, head in plan.heads.items()}
+        save_expanded(model, cfg, plan.tasks, path, classes=classes)
         logger.info(f"The expanded model is in {path}.")
     wait_for_all()
     return model

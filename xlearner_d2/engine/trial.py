@@ -28,10 +28,12 @@ def expected_memory(plan: Plan, model: XLearner) -> float:
     """
     problems: list[str] = []
     steps: list[float] = []
-    fixed = sum(p.numel() for p in model.parameters()) * _BYTES_PER_PARAMETER[plan.cfg.SOLVER.OPTIMIZER]
+    trained = _BYTES_PER_PARAMETER[plan.cfg.SOLVER.OPTIMIZER]
+    fixed = sum(p.numel() * (trained if p.requires_grad else 4) for p in model.parameters())
     learning: set[Tensor] = set()
     model.train()
-    for source in plan.sources:
+    drawn = plan.drawn[plan.stages[0]]
+    for source in drawn.sources:
         try:
             images = _images(plan, source)
             kept, losses = _kept_bytes(model, source.name, images)
@@ -43,11 +45,12 @@ def expected_memory(plan: Plan, model: XLearner) -> float:
             problems.append(f"XLEARNER.SOURCES.{source.name}: a trial step with {source.config} failed: {error!r}")
             continue
         steps.append(kept * (source.ims_per_batch // plan.world_size) / len(images))
-    if not problems and plan.world_size > 1 and not plan.turns:  # else they are looked for in every step
+    several = plan.world_size > 1 and not drawn.turns  # else they are looked for in every step
+    if not problems and several and plan.stages[0] == "expand":
         problems = _check_gradients(model, learning)
     if problems:
         raise ConfigError(problems)
-    return (fixed + (max(steps) if plan.turns else sum(steps))) / 1e9
+    return (fixed + (max(steps) if drawn.turns else sum(steps))) / 1e9
 
 
 def _check_gradients(model: XLearner, learning: set[Tensor]) -> list[str]:

@@ -95,7 +95,7 @@ def head_config(source: SourceSpec, cfg: CfgNode, *, where: str = "") -> CfgNode
     """The Detectron2 config of one source's head, fitted to the project's branches and to the source's classes.
 
     Args:
-        source: its TRAIN data sets must be registered.
+        source: its data sets must be registered; without any, OPTS has to give the number of classes.
         cfg: the project's config; decides the branches, the input normalisation and the device.
         where: the setting that describes the source, for messages; that in ``XLEARNER.SOURCES`` unless given.
 
@@ -114,7 +114,8 @@ def head_config(source: SourceSpec, cfg: CfgNode, *, where: str = "") -> CfgNode
         add_imported_configs(head, cfg.XLEARNER.IMPORTS)
         head.merge_from_file(path, allow_unsafe=True)  # checked above
         _follow(head, cfg, f"{where} ({source.config})")
-        _set_classes(head, source, where)
+        if source.data_sets:
+            _set_classes(head, source, where)
         head.merge_from_list(list(source.opts))
         _check_supported(head, f"{where} ({source.config})")
     except (KeyError, ValueError, AssertionError, yaml.YAMLError) as error:
@@ -146,10 +147,10 @@ def _follow(head: CfgNode, cfg: CfgNode, where: str) -> None:
 
 def _set_classes(head: CfgNode, source: SourceSpec, where: str) -> None:
     """Fit the head to the classes and keypoints that the metadata of the source's data set lists."""
-    metadata = MetadataCatalog.get(source.train[0])
+    metadata = MetadataCatalog.get(source.data_sets[0])
     for names in _needed(head, source):
         if not any(name in metadata.as_dict() for name in names):
-            lack = f"the data set {source.train[0]!r} has no {' or '.join(names)}"
+            lack = f"the data set {source.data_sets[0]!r} has no {' or '.join(names)}"
             wish = f"which {head.MODEL.META_ARCHITECTURE} learns from (CONFIG {source.config})"
             boxes = names == ("classes",) and "thing_classes" in metadata.as_dict()
             hint = " Set MODEL.CLASSIFIER.MULTI_LABEL to learn which objects an image has." if boxes else ""
@@ -209,6 +210,13 @@ def _check_supported(head: CfgNode, where: str) -> None:
         raise ConfigError(problems)
     if head.MODEL.BACKBONE.NAME in RESNET_VARIANTS:
         head.MODEL.BACKBONE.NAME = "build_resnet_backbone"
+
+
+def class_counts(head: CfgNode) -> list[Any]:
+    """Settings of a head that hold numbers of classes or keypoints, as keys and values."""
+    keys = ("NUM_CLASSES", "NUM_KEYPOINTS", "IGNORE_VALUE")
+    sections = [(name, node) for name, node in head.MODEL.items() if isinstance(node, CfgNode)]
+    return [i for name, node in sections for key in keys if key in node for i in (f"MODEL.{name}.{key}", node[key])]
 
 
 def _get(head: CfgNode, key: str) -> object:
@@ -298,5 +306,6 @@ def build_head(source: SourceSpec, head: CfgNode, backbone: ExpandedBackbone) ->
     view = BranchView(backbone=backbone, task=source.task, out_features=features)
     _check_shapes(resnet, view, source)
     setattr(parent, attribute, view)
-    adapt(model, MetadataCatalog.get(source.train[0]))
+    if source.data_sets:
+        adapt(model, MetadataCatalog.get(source.data_sets[0]))
     return model

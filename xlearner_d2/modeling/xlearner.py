@@ -86,6 +86,7 @@ class XLearner(nn.Module):
     ):
         super().__init__()
         self.frozen = False
+        self._frozen_parts: tuple[nn.Module, ...] = ()  # a tuple hides them from nn.Module's registration
         assert set(heads) == {source.name for source in sources}
         self.backbone = backbone
         self.heads = nn.ModuleDict(heads)
@@ -99,7 +100,7 @@ class XLearner(nn.Module):
     @classmethod
     def from_config(cls, cfg: CfgNode) -> dict[str, Any]:
         problems: list[str] = []
-        sources = parse_sources(cfg.XLEARNER.SOURCES, problems)
+        sources = parse_sources(cfg.XLEARNER.SOURCES, problems, frozen_tasks=cfg.XLEARNER.FREEZE)
         if problems:
             raise ConfigError(problems)
         configs = {source.name: head_config(source, cfg) for source in sources}
@@ -114,8 +115,24 @@ class XLearner(nn.Module):
         }
 
     def train(self, mode: bool = True) -> "XLearner":
-        """Set training mode; a frozen model stays in inference mode, whoever asks."""
-        return super().train(mode and not self.frozen)
+        """Set training mode; what is frozen stays in inference mode, whoever asks."""
+        super().train(mode and not self.frozen)
+        for part in self._frozen_parts:
+            part.eval()
+        return self
+
+    def freeze_parts(self, *, tasks: Sequence[str], heads: Sequence[str]) -> None:
+        """Stop training the branches of ``tasks``, the layers into them, and ``heads``: no gradient, inference mode."""
+        branches = [self.backbone.branch_of[task] for task in tasks]
+        incoming = [self.backbone.incoming(name) for name in branches]
+        self._frozen_parts = (
+            *(self.backbone.branch(name) for name in branches),
+            *(layers for layers in incoming if layers is not None),
+            *(self.heads[source] for source in heads),
+        )
+        for part in self._frozen_parts:
+            part.requires_grad_(False)
+        self.train(self.training)
 
     def freeze(self) -> "XLearner":
         """Make this model a teacher: no gradient, running statistics, inference mode from now on."""
