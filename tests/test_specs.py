@@ -96,10 +96,18 @@ def test_source_that_is_no_record(record: Any) -> None:
     )
 
 
-@pytest.mark.parametrize("missing", GOOD)
+@pytest.mark.parametrize("missing", ["TASK", "CONFIG"])
 def test_missing_key(missing: str) -> None:
     _, problems = sources({"coco": {key: value for key, value in GOOD.items() if key != missing}})
     assert problems == [f"XLEARNER.SOURCES.coco lacks the key {missing}."]
+
+
+@pytest.mark.parametrize("frozen", [(), ("detection",)])
+def test_only_frozen_sources_do_without_training_data(frozen: tuple[str, ...]) -> None:
+    found, problems = sources({"coco": {"TASK": "detection", "CONFIG": "head.yaml"}}, frozen_tasks=frozen)
+    lack = "XLEARNER.SOURCES.coco.TRAIN is empty, but at least one data set is needed."
+    assert problems == ([] if frozen else [lack])
+    assert found[0].data_sets == ()
 
 
 @pytest.mark.parametrize("name", ["my source", "a-b", "a.b", "", "1st", 1])

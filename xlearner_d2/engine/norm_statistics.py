@@ -24,8 +24,11 @@ def share_norm_statistics(model: nn.Module) -> None:
     if comm.get_world_size() == 1:
         return
     for buffer in norm_statistics(model).values():
+        first = buffer.clone()
+        torch.distributed.broadcast(first, src=0)
+        buffer -= first  # so that what is alike everywhere, as where it is frozen, stays so bit for bit
         torch.distributed.all_reduce(buffer)
-        buffer /= comm.get_world_size()
+        buffer.div_(comm.get_world_size()).add_(first)
 
 
 class WorkerStatistics:

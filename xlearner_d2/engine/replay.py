@@ -96,7 +96,9 @@ def _plan(failure: Failure) -> Plan:
 def _model(plan: Plan, failure: Failure) -> nn.Module:
     model = build_model(plan.cfg)
     assert isinstance(model, XLearner)
-    weighed = weigh(plan, model)
+    weighed = weigh(plan, model, "expand")
+    if plan.growth is not None:
+        model.freeze_parts(tasks=plan.cfg.XLEARNER.FREEZE, heads=sorted(plan.growth.frozen))
     if failure.stage == "expand":
         load_strictly(weighed, failure.models["expand"], path="in the failure file")
         return weighed
