@@ -1,6 +1,6 @@
 """What leaves the project: the student as a Detectron2 checkpoint, and the expanded model with its own description."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
