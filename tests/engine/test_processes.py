@@ -2,7 +2,10 @@
 
 import json
 import os
+import re
+import runpy
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -16,9 +19,9 @@ from xlearner_d2.checkpoint.load import read_checkpoint
 ROOT = Path(__file__).resolve().parents[2]
 
 
-def start(project, *arguments):
+def start(project, *arguments, before=()):
     return subprocess.Popen(
-        [sys.executable, str(ROOT / "train_net.py"), "--config-file", str(project.file), *map(str, arguments)],
+        [sys.executable, *before, str(ROOT / "train_net.py"), "--config-file", str(project.file), *map(str, arguments)],
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
@@ -73,3 +76,67 @@ def test_a_killed_run_goes_on_where_it_was(project):
     project.run("XLEARNER.STAGE", "expand", resume=True)
     states = [read_checkpoint(project.root / folder / "expanded.pth")["model"] for folder in ("alone", "out")]
     assert all(torch.equal(states[0][name], states[1][name]) for name in states[0])
+
+
+def without_evaluation(project, *, steps):
+    project.content["SOLVER"]["MAX_ITER"] = steps
+    for record in project.content["XLEARNER"]["SOURCES"].values():
+        record["TEST"] = []
+    project.content["XLEARNER"]["PROBES"] = {}
+    project.write(project.content)
+
+
+def kill_worker(project, rank, *processes):
+    """SIGKILL one worker of a run as soon as there is a checkpoint."""
+    first, log = project.root / "out/expand/last_checkpoint", project.root / "out/log.txt"
+    deadline = time.monotonic() + 240
+    while not first.exists() and time.monotonic() < deadline:
+        assert all(process.poll() is None for process in processes), processes[0].communicate()[0][-3000:]
+        time.sleep(0.05)
+    os.kill(int(re.search(rf"Workers: .*\b{rank}: process (\d+) on", log.read_text())[1]), signal.SIGKILL)
+
+
+def test_two_machines_end_when_a_worker_of_one_is_killed(project):
+    """Two launches on this machine; each says once which worker it was."""
+    without_evaluation(project, steps=100_000)
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        url = f"tcp://127.0.0.1:{free.getsockname()[1]}"
+    machines = [
+        start(project, "--num-machines", 2, "--machine-rank", rank, "--dist-url", url, "XLEARNER.STAGE", "expand")
+        for rank in range(2)
+    ]
+    kill_worker(project, 1, *machines)
+    said = [process.communicate(timeout=300)[0] for process in machines]
+    assert [process.returncode for process in machines] == [1, 1]
+    assert [text.count("error: Worker 1 (process ") for text in said] == [1, 1], said
+    assert (
+        "is gone: it was killed, or its machine or the connection to it failed.\nThe run ends on all workers" in said[0]
+    )
+    assert "was ended by SIGKILL, perhaps for want of memory.\nThe run ends on all workers" in said[1]
+    assert "Traceback" not in "".join(said)
+
+
+def test_torchrun_starts_again_where_a_worker_was_killed(project):
+    without_evaluation(project, steps=12)
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "--max-restarts", "1"]
+    process = start(project, "--resume", "XLEARNER.STAGE", "expand", before=torchrun)
+    kill_worker(project, 1, process)
+    output = finish(process)
+    log = (project.root / "out/log.txt").read_text()
+    assert log.count("Workers: 0: process ") == 2
+    assert "Resuming" in log, output[-3000:]
+    assert (project.root / "out/expanded.pth").is_file()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--num-machines", 2], "--num-machines 2 needs --dist-url tcp://HOST:PORT"),
+        (["--num-gpus", 2, "--machine-rank", 1], "--machine-rank is 1, but a number from 0 to 0 is expected"),
+    ],
+)
+def test_options_that_do_not_fit(project, monkeypatch, arguments, message):
+    monkeypatch.setattr(sys, "argv", ["train_net.py", "--config-file", str(project.file), *map(str, arguments)])
+    with pytest.raises(SystemExit, match=re.escape(message)):
+        runpy.run_path(str(ROOT / "train_net.py"), run_name="__main__")

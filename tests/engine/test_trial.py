@@ -1,0 +1,39 @@
+"""Before several workers start: parameters for whose gradients they would wait in vain."""
+
+import argparse
+
+import pytest
+import torch
+from detectron2.modeling import build_model
+
+from xlearner_d2.engine.plan import make_plan
+from xlearner_d2.engine.run import validate
+from xlearner_d2.engine.trial import expected_memory
+from xlearner_d2.specs import ConfigError
+
+
+@pytest.fixture
+def plan(project, monkeypatch):
+    monkeypatch.setenv("DETECTRON2_DATASETS", str(project.root / "data"))
+    return lambda world_size: make_plan(project.load(), world_size=world_size)
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_parameters_without_gradient_are_refused_where_workers_wait_for_them(plan, workers):
+    plan = plan(workers)
+    model = build_model(plan.cfg)
+    model.heads["pics"].register_parameter("idle", torch.nn.Parameter(torch.zeros(3)))
+    if workers == 1:
+        assert expected_memory(plan, model) > 0
+        return
+    with pytest.raises(ConfigError, match=r"heads.pics: heads.pics.idle and perhaps others get no gradient"):
+        expected_memory(plan, model)
+    model.heads["pics"].idle.requires_grad_(False)
+    assert expected_memory(plan, model) > 0
+
+
+@pytest.mark.parametrize("sharing", ["separate", "shared", "bidirectional"])
+def test_every_parameter_of_ours_gets_a_gradient(project, monkeypatch, sharing):
+    monkeypatch.setenv("DETECTRON2_DATASETS", str(project.root / "data"))
+    options = argparse.Namespace(dry_run=True, resume=False, eval_only=False)
+    assert "The plan" in validate(project.load("XLEARNER.SHARING", sharing), options, world_size=2)[1]
