@@ -10,6 +10,8 @@ warnings.filterwarnings("ignore", message=r".*torch\.jit\.(script|trace|interfac
 warnings.filterwarnings("ignore", message=r".*pkg_resources is deprecated.*")
 # Detectron2 calls torch.meshgrid without the argument newer versions ask for.
 warnings.filterwarnings("ignore", message=r".*torch\.meshgrid: in an upcoming release.*")
+# DistributedDataParallel: the new argument would make buffers alike at the start, the old one leaves them alone.
+warnings.filterwarnings("ignore", message=r".*`broadcast_buffers` is deprecated.*", category=FutureWarning)
 for name in (
     "fvcore.common.config",  # "would need unsafe loading", for every file read
     "detectron2.config.config",  # "has no VERSION", for every head

@@ -16,7 +16,7 @@ from disk_data import NAMES, SIZE
 from processes import LONG, Processes
 
 from xlearner_d2.data.sources import register_sources
-from xlearner_d2.evaluation import build_evaluator
+from xlearner_d2.evaluation import build_evaluator, fast_coco
 from xlearner_d2.specs import parse_sources
 
 # Detectron2 turns tensors into arrays in a way that numpy 2 is going to refuse.
@@ -47,6 +47,7 @@ def write_voc(root):
 def sets(project, monkeypatch):
     """Registered sets of eight images, by the kind of their evaluator."""
     monkeypatch.setenv("DETECTRON2_DATASETS", str(project.root / "data"))
+    monkeypatch.setattr(fast_coco, "hotcoco", None)  # its threads do not survive a fork; pycocotools counts the same
     project.content["XLEARNER"]["DATASETS"]["t_voc"] = {"FORMAT": "voc", "ROOT": "voc", "SPLIT": "test"}
     project.write(project.content)
     write_voc(project.root / "data")
