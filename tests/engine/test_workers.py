@@ -2,7 +2,6 @@
 
 import os
 import signal
-import sys
 import time
 from datetime import timedelta
 
@@ -12,7 +11,9 @@ import torch.distributed as dist
 from detectron2.utils import comm
 from processes import LONG, Processes
 
-from xlearner_d2.engine.workers import describe_workers, wait_for_all, work
+from xlearner_d2.checkpoint.training import TrainingCheckpointer
+from xlearner_d2.engine.stopping import RunStopped
+from xlearner_d2.engine.workers import describe_workers, patient_group, wait_for_all, work
 from xlearner_d2.specs import ConfigError
 
 
@@ -149,9 +150,25 @@ def test_work_that_one_does_for_all_may_take_long(run):
     assert run(main, stuck=1) == ([0, 0], "")
 
 
+def test_saving_may_take_long(run, tmp_path):
+    class Large:
+        def state_dict(self):
+            time.sleep(3 * comm.is_main_process())
+            return {}
+
+    def main(rank):
+        model = torch.nn.Linear(1, 1)
+        TrainingCheckpointer(model, str(tmp_path / "saved"), group=patient_group(), large=Large()).save("model_0")
+        all_reduce()
+
+    (tmp_path / "saved").mkdir()
+    assert run(main, stuck=1) == ([0, 0], "")
+    assert (tmp_path / "saved/model_0.pth").is_file()
+
+
 def test_an_exit_that_all_have_agreed_on_is_no_failure(run):
     def main(rank):
         time.sleep(rank)
-        sys.exit(7)
+        raise RunStopped("", code=7, agreed=True)
 
     assert run(main) == ([7, 7], "")

@@ -9,6 +9,7 @@ from typing import Any
 from detectron2.utils import comm
 from fvcore.common.checkpoint import Checkpointer, _IncompatibleKeys
 from torch import nn
+from torch.distributed import ProcessGroup
 
 from ..specs import ConfigError
 from .files import SaveError, remove_parts, save_atomically, write_atomically
@@ -25,13 +26,15 @@ class TrainingCheckpointer(Checkpointer):
         save_dir: folder of the stage.
         checkpointables: further objects with ``state_dict`` and ``load_state_dict``, by name. They are loaded in this
             order, after the model.
+        group: in which the others wait for the main worker while it reads and writes; None for the default one.
     """
 
     #: How many checkpoints are kept: the one before the last is used when the last is damaged.
     KEPT = 2
 
-    def __init__(self, model: nn.Module, save_dir: str, **checkpointables: Any):
+    def __init__(self, model: nn.Module, save_dir: str, *, group: ProcessGroup | None = None, **checkpointables: Any):
         super().__init__(model, save_dir, save_to_disk=comm.is_main_process(), **checkpointables)
+        self.group = group
 
     def save(self, name: str, **kwargs: Any) -> None:
         """Write ``<name>.pth``, make it the one that resuming starts from, and remove older ones.
@@ -46,7 +49,7 @@ class TrainingCheckpointer(Checkpointer):
                 self._write(name, {"model": self.model.state_dict(), **state, **kwargs})
             except SaveError as error:
                 problem = str(error)
-        problem = comm.all_gather(problem)[0]
+        problem = comm.all_gather(problem, group=self.group)[0]
         if problem:
             raise SaveError(problem)
 
@@ -78,7 +81,9 @@ class TrainingCheckpointer(Checkpointer):
             ConfigError: when all are damaged, or one does not fit the model.
         """
         found = self._find_whole() if self.save_to_disk else ("", [])
-        path, problems = comm.all_gather(found)[0]  # the main worker's: one reads the files, and all use the same
+        path, problems = comm.all_gather(found, group=self.group)[
+            0
+        ]  # the main worker's: one reads the files, and all use the same
         if path:
             self.load(path)
             return Path(path)

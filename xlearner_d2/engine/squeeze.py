@@ -30,7 +30,7 @@ from .optimizer import make_optimizer
 from .plan import STUDENT_FILE, Plan, expanded_file, squeeze_config, student_config
 from .steps import StepTrainer
 from .trainer import StepSeed, build_loader, build_step_trainer, resume, stage_hooks, weigh
-from .workers import wait_for_all
+from .workers import patient_group, wait_for_all
 
 logger = logging.getLogger(__name__)
 
@@ -275,7 +275,7 @@ def squeeze(plan: Plan, *, resume_run: bool) -> None:
     trainer.register_hooks([StepSeed(max(plan.cfg.SEED, 0)), hook, hooks.IterationTimer()])  # the timer times the hook
     statistics = WorkerStatistics([hook.distiller])
     checkpointer = TrainingCheckpointer(
-        hook.distiller.student, str(folder), trainer=trainer, worker_statistics=statistics
+        hook.distiller.student, str(folder), group=patient_group(), trainer=trainer, worker_statistics=statistics
     )
     trainer.register_hooks(stage_hooks(plan.cfg, checkpointer, folder, max_iter=max_iter, trainers=[hook.inner]))
     start = resume(trainer, checkpointer, wanted=resume_run)

@@ -34,7 +34,7 @@ from .plan import EXPANDED_FILE, Plan
 from .steps import AMPStepTrainer, StepTrainer
 from .stopping import stopping_when_full
 from .watch import Watch, make_writers
-from .workers import wait_for_all
+from .workers import patient_group, wait_for_all
 
 if TYPE_CHECKING:
     from .squeeze import SqueezeHook
@@ -210,6 +210,7 @@ def expand(plan: Plan, *, resume_run: bool) -> XLearner:
     checkpointer = TrainingCheckpointer(
         model,
         str(folder),
+        group=patient_group(),
         trainer=trainer,
         worker_statistics=WorkerStatistics([model, *(hook.distiller for hook in squeezing)]),
         **weights_of(weighed),

@@ -46,7 +46,10 @@ class Worker:
 
 
 @functools.lru_cache
-def _patient_group() -> dist.ProcessGroup:
+def patient_group() -> dist.ProcessGroup | None:
+    """All workers, for operations in which they wait for one that takes long; None where there is one worker."""
+    if comm.get_world_size() == 1:
+        return None
     group = dist.new_group(backend="gloo", timeout=timedelta(days=30))
     assert isinstance(group, dist.ProcessGroup)  # every worker is in it
     return group
@@ -58,7 +61,7 @@ def wait_for_all() -> None:
     One that dies or hangs ends the wait all the same: see :mod:`.lifeline`.
     """
     if comm.get_world_size() > 1:
-        dist.barrier(group=_patient_group())
+        dist.barrier(group=patient_group())
 
 
 def work(main: Callable[[], object], *, host: str, silence: float, may_tell: Callable[[], bool]) -> None:
@@ -82,7 +85,7 @@ def work(main: Callable[[], object], *, host: str, silence: float, may_tell: Cal
     workers = [
         Worker(*found) for found in comm.all_gather((comm.get_rank(), machine, socket.gethostname(), os.getpid()))
     ]
-    _patient_group()  # all together, while nobody is busy
+    patient_group()  # all together, while nobody is busy
     lifeline = _connect(host, silence, functools.partial(_leave, workers, may_tell))
     try:
         main()
