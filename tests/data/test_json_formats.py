@@ -253,3 +253,24 @@ def test_a_wrong_number_of_keypoints(tmp_path: Path) -> None:
     write_coco(tmp_path, data)
     with pytest.raises(ConfigError, match="has 3 numbers of keypoints, but 3 for each of the 2 of its category"):
         register_datasets([COCO_SPEC], tmp_path)
+
+
+# --- one format given as another ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("spec", "data", "message"),
+    [
+        (PANOPTIC, coco_json(), r"no category has 'isthing', so this is no panoptic json. .* FORMAT coco."),
+        (LVIS, coco_json(), r"no image has 'neg_category_ids', so this is no LVIS json. Use FORMAT coco."),
+        (COCO_SPEC, panoptic_json(), r"holds 'segments_info', so this is a panoptic json. Use FORMAT coco_panoptic."),
+    ],
+    ids=lambda value: getattr(value, "format", ""),
+)
+def test_another_kind_of_json_is_one_problem(spec: DatasetSpec, data: Json, message: str, tmp_path: Path) -> None:
+    write_panoptic(tmp_path, data)
+    write_lvis(tmp_path, data)
+    write_coco(tmp_path, data)
+    with pytest.raises(ConfigError, match=message) as caught:
+        register_datasets([spec], tmp_path)
+    assert len(caught.value.problems) == 1

@@ -115,6 +115,7 @@ def test_labels_with_a_palette_and_from_1_on(palette: bool, reduce: bool, tmp_pa
     ("labels", "change", "message"),
     [
         ([[0, 1, 2]], {}, r"a\.png has the label 2 \(1 pixels\), but 0 to 1, or 255 to ignore, is expected"),
+        ([[0, 1, 2]], {}, r"label 0 is none of them, set REDUCE_ZERO_LABEL: True\.$"),
         ([[0, 1, 3]], {"reduce_zero_label": True}, r"a\.png has the label 2 \(1 pixels\)"),
         ([[0, 1]], {}, r"a\.png is 2 x 1 pixels, but its image is 3 x 1"),
     ],

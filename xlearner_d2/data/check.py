@@ -283,5 +283,7 @@ def _check_label(file: str, size: tuple[int, int], metadata: Metadata) -> list[F
         got = ", ".join(f"{value} ({counts[value]} pixels)" for value in wrong[:5])
         expected = f"0 to {num_classes - 1}, or {ignored} to ignore, is expected"
         text = f"{file} has the label {got}, but {expected if num_classes else 'the metadata has no stuff_classes'}."
+        if wrong == [num_classes]:
+            text += " If classes are counted from 1 and label 0 is none of them, set REDUCE_ZERO_LABEL: True."
         findings.append(("labels of unknown classes", text))
     return findings

@@ -48,6 +48,8 @@ def _read_classes(spec: DatasetSpec, file: Path) -> tuple[dict[int, str], dict[s
         the class names by category id, in order of the ids as Detectron2 has them, and the metadata of keypoints.
     """
     data = parse_json(spec, file)
+    if any("segments_info" in item for item in data["annotations"][:1]):
+        raise fail(spec, f"{file} holds 'segments_info', so this is a panoptic json. Use FORMAT coco_panoptic.")
     problems = Problems(subject(spec))
     categories = check_categories(data["categories"], file, problems)
     images = check_images(data["images"], file, problems)

@@ -15,7 +15,7 @@ from detectron2.structures import BoxMode
 from ...specs import DatasetSpec
 from ..problems import Problems
 from .coco import check_annotations, check_categories, check_images, parse_json
-from .common import Records, add_to_catalogs, find_folder, raise_if_any, subject
+from .common import Records, add_to_catalogs, fail, find_folder, raise_if_any, subject
 
 #: Of an image: categories that are not in it, and categories of which not every object has an annotation.
 _FEDERATED = ("neg_category_ids", "not_exhaustive_category_ids")
@@ -30,6 +30,8 @@ def register(spec: DatasetSpec, root: Path) -> None:
     images = find_folder(spec, "IMAGES", root / spec.images)
     file = root / spec.annotations
     data = _parse(spec, file)
+    if not any("neg_category_ids" in image for image in data["images"]):
+        raise fail(spec, f"{file}: no image has 'neg_category_ids', so this is no LVIS json. Use FORMAT coco.")
     problems = Problems(subject(spec))
     classes = check_categories(data["categories"], file, problems)
     ids = check_images(data["images"], file, problems)

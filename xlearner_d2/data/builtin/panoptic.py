@@ -13,7 +13,7 @@ from typing import Any
 from ...specs import DatasetSpec
 from ..problems import Problems
 from .coco import check_categories, check_images, parse_json
-from .common import Records, add_to_catalogs, find_folder, raise_if_any, subject
+from .common import Records, add_to_catalogs, fail, find_folder, raise_if_any, subject
 
 
 def register(spec: DatasetSpec, root: Path) -> None:
@@ -26,6 +26,9 @@ def register(spec: DatasetSpec, root: Path) -> None:
     labels = find_folder(spec, "LABELS", root / spec.labels)
     file = root / spec.annotations
     data = parse_json(spec, file)
+    if not any("isthing" in item for item in data["categories"]):
+        text = "no category has 'isthing', so this is no panoptic json. Boxes and masks of objects are of FORMAT coco."
+        raise fail(spec, f"{file}: {text}")
     classes, things = _check(spec, data, file)
     numbers = {category: index for index, category in enumerate(classes)}
     names = list(classes.values())
