@@ -98,9 +98,9 @@ def start_at(loader: DataLoader[Any], step: int) -> None:
 
 
 def _prepare_process(_worker: int) -> None:
-    # Schedulers and terminals signal all processes of a run; the one that trains decides what becomes of this one.
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, signal.SIG_IGN)
+    # Ctrl-C in a terminal reaches this process, too, but the one that trains needs it until its step is finished. Not
+    # so SIGTERM: it is how this process is ended.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
     # Several workers with several threads each would fight over the processors that training needs.
     import cv2
 
