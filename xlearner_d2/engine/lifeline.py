@@ -52,6 +52,7 @@ class Lifeline:
         self._silence = silence
         self._on_end = on_end
         self._lock = threading.RLock()
+        self._closing = False
         self._ended = threading.Event()
         self._ending: Ending | None = None
         # A loader's process would keep the connections of a worker that is killed open.
@@ -76,6 +77,7 @@ class Lifeline:
 
     def close(self) -> None:
         """Leave without ending the run for the others."""
+        self._closing = True  # from now on a connection that breaks is one that the other end has closed as well
         with self._lock:
             for rank in list(self._peers):
                 self._send(rank, {"type": "bye"})
@@ -108,6 +110,8 @@ class Lifeline:
             return
         except (EOFError, OSError):
             self._drop(rank)
+            if self._closing:
+                return
             self._decide(Ending(rank, "gone", "is gone: it was killed, or its machine or the connection to it failed"))
             return
         match message.pop("type"):
