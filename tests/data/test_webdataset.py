@@ -18,7 +18,7 @@ from webdataset.tariterators import group_by_keys, tar_file_expander
 from xlearner_d2.data.builtin import register_datasets
 from xlearner_d2.data.builtin.torchvision_files import CACHE
 from xlearner_d2.data.check import check_records
-from xlearner_d2.data.mappers import ClassificationMapper
+from xlearner_d2.data.classification import ClassificationMapper
 from xlearner_d2.specs import ConfigError, DatasetSpec
 
 SPEC = DatasetSpec(name="x_shards", format="webdataset", shards="birds/train-{000000..000002}.tar")
