@@ -8,7 +8,7 @@ from detectron2.config import CfgNode, get_cfg
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
-from xlearner_d2.config import add_classifier_config
+from xlearner_d2.config import add_head_config
 from xlearner_d2.data.balance import build_stream, classes_of, sampler_of, share_images
 from xlearner_d2.data.streams import ClassAware, Grouped, RepeatFactor, Shuffled
 from xlearner_d2.specs import ConfigError, SourceSpec
@@ -72,7 +72,7 @@ def test_images_that_cannot_be_shared(total: int, workers: int, message: str) ->
 
 def head(*opts: Any) -> CfgNode:
     cfg = get_cfg()
-    add_classifier_config(cfg)
+    add_head_config(cfg)
     cfg.merge_from_list(list(opts))
     return cfg
 
