@@ -22,7 +22,7 @@ from ..checkpoint.training import TrainingCheckpointer
 from ..data.loader import start_at
 from ..modeling import XLearner
 from ..modeling.distill import Distiller, matched_stages
-from ..modeling.expanded import TRUNK, build_branch
+from ..modeling.expanded import TRUNK, build_branch, compile_stages
 from ..modeling.weighting import weights_of
 from .failure import stop_at_failure
 from .norm_statistics import WorkerStatistics, share_norm_statistics
@@ -171,7 +171,10 @@ def build_student(plan: Plan, teacher: XLearner) -> ResNet:
     """A plain ResNet with the deepest stage that any branch has."""
     features = {stage for task in teacher.backbone.tasks for stage in teacher.backbone.output_shape(task)}
     dilation = max(task.res5_dilation for task in plan.tasks)
-    return build_branch(student_config(plan.cfg), out_features=sorted(features), res5_dilation=dilation)
+    student = build_branch(student_config(plan.cfg), out_features=sorted(features), res5_dilation=dilation)
+    if plan.cfg.XLEARNER.COMPILE:
+        compile_stages(student, backend=plan.cfg.XLEARNER.COMPILE)
+    return student
 
 
 def initialise_student(student: ResNet, plan: Plan, teacher: XLearner) -> None:

@@ -230,10 +230,7 @@ def build_branch(cfg: CfgNode, *, out_features: Sequence[str], res5_dilation: in
     cfg.MODEL.RESNETS.RES5_DILATION = res5_dilation
     deepest = max(out_features)
     cfg.MODEL.RESNETS.OUT_FEATURES = [stage for stage in STAGES if stage <= deepest]
-    branch = build_resnet_backbone(cfg, ShapeSpec(channels=len(cfg.MODEL.PIXEL_MEAN)))
-    if cfg.XLEARNER.COMPILE:
-        compile_stages(branch, backend=cfg.XLEARNER.COMPILE)
-    return branch
+    return build_resnet_backbone(cfg, ShapeSpec(channels=len(cfg.MODEL.PIXEL_MEAN)))
 
 
 def compile_stages(branch: ResNet, *, backend: str) -> None:
@@ -294,6 +291,9 @@ def build_expanded_backbone(cfg: CfgNode, tasks: Sequence[TaskSpec]) -> Expanded
             for task in tasks
         }
         branch_of = {task.name: task.name for task in tasks}
+    if cfg.XLEARNER.COMPILE:
+        for branch in branches.values():
+            compile_stages(branch, backend=cfg.XLEARNER.COMPILE)
     exchanging = sharing in ("detached", "bidirectional") and len(branches) > 1
     return ExpandedBackbone(
         branches=branches,
