@@ -16,6 +16,9 @@ from xlearner_d2.engine.stopping import RunStopped
 from xlearner_d2.engine.workers import describe_workers, patient_group, wait_for_all, work
 from xlearner_d2.specs import ConfigError
 
+#: Seconds that a busy machine may take to get on from one operation of all workers to the next; and more than these.
+STUCK, LONGER = 6, 8
+
 
 @pytest.fixture
 def run(tmp_path):
@@ -143,17 +146,17 @@ def test_a_worker_that_does_not_get_on_ends_the_other(run):
 def test_work_that_one_does_for_all_may_take_long(run):
     def main(rank):
         if rank == 0:
-            time.sleep(3)
+            time.sleep(LONGER)
         wait_for_all()
         all_reduce()
 
-    assert run(main, stuck=1) == ([0, 0], "")
+    assert run(main, stuck=STUCK) == ([0, 0], "")
 
 
 def test_saving_may_take_long(run, tmp_path):
     class Large:
         def state_dict(self):
-            time.sleep(3 * comm.is_main_process())
+            time.sleep(LONGER * comm.is_main_process())
             return {}
 
     def main(rank):
@@ -162,7 +165,7 @@ def test_saving_may_take_long(run, tmp_path):
         all_reduce()
 
     (tmp_path / "saved").mkdir()
-    assert run(main, stuck=1) == ([0, 0], "")
+    assert run(main, stuck=STUCK) == ([0, 0], "")
     assert (tmp_path / "saved/model_0.pth").is_file()
 
 
