@@ -151,6 +151,12 @@ def test_missing_file(tmp_path: Path) -> None:
         load_config(tmp_path / "gone.yaml")
 
 
+def test_a_python_config_is_named_as_such(tmp_path: Path) -> None:
+    (tmp_path / "lazy.py").write_text("model = 1")
+    with pytest.raises(ConfigError, match=r"lazy\.py is a Python config .*, but a YAML file is expected"):
+        load_config(tmp_path / "lazy.py")
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [

@@ -238,6 +238,8 @@ def check_config_file(path: str | Path, *, derived: tuple[Path, ...] = ()) -> No
     path = Path(path).expanduser()
     if not path.is_file():
         raise ConfigError([f"There is no config file {path}."])
+    if path.suffix == ".py":
+        raise ConfigError([f"{path} is a Python config (of Detectron2's lazy kind), but a YAML file is expected."])
     if path.resolve() in derived:
         raise ConfigError([f"{path} is based on itself through _BASE_."])
     try:
