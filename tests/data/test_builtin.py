@@ -92,7 +92,8 @@ def test_sem_seg_equals_detectron2(tmp_path: Path, caplog: pytest.LogCaptureFixt
     metadata = MetadataCatalog.get("x_sem")
     assert (metadata.stuff_classes, metadata.ignore_label) == (["road", "sky"], 254)
     assert metadata.evaluator_type == "sem_seg"
-    assert not caplog.records
+    # Detectron2's reader, the oracle, reports at INFO, which reaches this test or not as others left the loggers.
+    assert not [record for record in caplog.records if record.name.startswith("xlearner_d2")]
 
 
 def test_sem_seg_pairs_by_name_and_reports_unlabelled_images(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

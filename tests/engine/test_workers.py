@@ -17,7 +17,7 @@ from xlearner_d2.engine.workers import describe_workers, patient_group, wait_for
 from xlearner_d2.specs import ConfigError
 
 #: Seconds that a busy machine may take to get on from one operation of all workers to the next; and more than these.
-STUCK, LONGER = 6, 8
+STUCK, LONGER = 3, 5
 
 
 @pytest.fixture

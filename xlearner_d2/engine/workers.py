@@ -45,11 +45,13 @@ class Worker:
         return f"Worker {self.rank} (process {self.process} on {self.host})"
 
 
-@functools.lru_cache
 def patient_group() -> dist.ProcessGroup | None:
     """All workers, for operations in which they wait for one that takes long; None where there is one worker."""
-    if comm.get_world_size() == 1:
-        return None
+    return _all_workers() if comm.get_world_size() > 1 else None
+
+
+@functools.lru_cache
+def _all_workers() -> dist.ProcessGroup:
     group = dist.new_group(backend="gloo", timeout=timedelta(days=30))
     assert isinstance(group, dist.ProcessGroup)  # every worker is in it
     return group

@@ -102,7 +102,7 @@ def run_cell(suite: Suite, cell: Cell, folder: Path) -> CellRecord:
         value=value,
         trivial=trivial_value(spec, protocol),
         details=details,
-        seconds=round(time.perf_counter() - started, 2),
+        seconds=round(time.perf_counter() - started, 4),
         weights=weights,
         settings=suite.settings(spec, protocol),
         commit=commit(),
