@@ -2,14 +2,14 @@
 
 import logging
 from collections import OrderedDict
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from detectron2.evaluation import DatasetEvaluator
-from detectron2.utils import comm
 from detectron2.utils.logger import create_small_table
+
+from .per_image import PerImageEvaluator
 
 logger = logging.getLogger(__name__)
 
@@ -18,14 +18,14 @@ class _Outcome(NamedTuple):
     label: int
     top1: bool
     top5: bool
+    is_nan: bool
 
 
-class ClassificationEvaluator(DatasetEvaluator):
+class ClassificationEvaluator(PerImageEvaluator[_Outcome]):
     """Top-1, top-5 and mean class accuracy, in percent.
 
-    An image that several workers (or one worker twice) were given, as by a sampler that pads, counts once: images are
-    told apart by ``image_id``, else by ``file_name``, else not at all. With fewer than five classes, ``top5`` is the
-    accuracy within all of them. Equal scores are ranked by class index; an image with a NaN score counts as wrong.
+    With fewer than five classes, ``top5`` is the accuracy within all of them. Equal scores are ranked by class index;
+    an image with a NaN score counts as wrong.
     """
 
     def __init__(self, *, class_names: Sequence[str], distributed: bool = True):
@@ -35,13 +35,7 @@ class ClassificationEvaluator(DatasetEvaluator):
             distributed: gather from all workers; every worker must then call :meth:`evaluate`.
         """
         self._num_classes = len(class_names)
-        self._distributed = distributed
-        self.reset()
-
-    def reset(self) -> None:
-        """Forget all images."""
-        self._outcomes: dict[Hashable, _Outcome] = {}
-        self._num_nan = 0
+        super().__init__(distributed=distributed)
 
     def process(self, inputs: Sequence[Mapping[str, Any]], outputs: Sequence[Mapping[str, torch.Tensor]]) -> None:
         """Compare a batch of predictions with the labels.
@@ -66,9 +60,8 @@ class ClassificationEvaluator(DatasetEvaluator):
         # A stable sort, since topk leaves the order of equal scores open.
         ranking = scores.sort(dim=1, descending=True, stable=True).indices[:, :5].cpu()  # [images, min(5, classes)]
         hits = (ranking == labels[:, None]) & ~has_nan[:, None]
-        self._num_nan += int(has_nan.sum())
-        for item, label, hit in zip(inputs, labels.tolist(), hits, strict=True):
-            self._outcomes[self._key(item)] = _Outcome(label, bool(hit[0]), bool(hit.any()))
+        for item, label, hit, is_nan in zip(inputs, labels.tolist(), hits, has_nan.tolist(), strict=True):
+            self.keep(item, _Outcome(label, bool(hit[0]), bool(hit.any()), is_nan))
 
     def evaluate(self) -> OrderedDict[str, dict[str, float]]:
         """Metrics over all workers' images, in percent; empty on all workers but the first, or without any image.
@@ -76,20 +69,16 @@ class ClassificationEvaluator(DatasetEvaluator):
         Returns:
             ``{"classification": {"top1": …, "top5": …, "mean_class_acc": …}}``, the last over the classes that occur.
         """
-        parts = [(self._outcomes, self._num_nan)]
-        if self._distributed:
-            comm.synchronize()
-            parts = comm.gather(parts[0])
-            if not comm.is_main_process():
-                return OrderedDict()
-        outcomes = {key: outcome for part, _ in parts for key, outcome in part.items()}
-        num_nan = sum(count for _, count in parts)
+        outcomes = self.gather()
+        if outcomes is None:
+            return OrderedDict()
+        num_nan = sum(outcome.is_nan for outcome in outcomes)
         if num_nan:
             logger.warning("%d of %d images got NaN scores and count as wrong.", num_nan, len(outcomes))
         if not outcomes:
             logger.warning("There are no predictions to evaluate.")
             return OrderedDict()
-        metrics = _accuracies(list(outcomes.values()))
+        metrics = _accuracies(outcomes)
         logger.info("Classification of %d images:\n%s", len(outcomes), create_small_table(metrics))
         return OrderedDict(classification=metrics)
 
@@ -102,13 +91,9 @@ class ClassificationEvaluator(DatasetEvaluator):
             raise ValueError(f"category_id is {label}, but 0 to {self._num_classes - 1} is expected.")
         return int(label)
 
-    def _key(self, item: Mapping[str, Any]) -> Hashable:
-        key = item.get("image_id", item.get("file_name"))
-        return (comm.get_rank(), len(self._outcomes)) if key is None else key
-
 
 def _accuracies(outcomes: Sequence[_Outcome]) -> dict[str, float]:
-    label, top1, top5 = (np.asarray(column) for column in zip(*outcomes, strict=True))
+    label, top1, top5, _ = (np.asarray(column) for column in zip(*outcomes, strict=True))
     count = np.bincount(label)
     correct = np.bincount(label, weights=top1)
     return {

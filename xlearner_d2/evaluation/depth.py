@@ -2,37 +2,21 @@
 
 import logging
 from collections import OrderedDict
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import torch
-from detectron2.evaluation import DatasetEvaluator
-from detectron2.utils import comm
 from detectron2.utils.logger import create_small_table
 
 from ..data.depth import read_depth
+from .per_image import PerImageEvaluator
 
 logger = logging.getLogger(__name__)
 
 
-class DepthEvaluator(DatasetEvaluator):
-    """Mean over images of :func:`depth_metrics`, at the size of the depth map; images without known depth are left out.
-
-    An image that several workers were given, as by a sampler that pads, counts once.
-    """
-
-    def __init__(self, *, distributed: bool = True):
-        """
-        Args:
-            distributed: gather from all workers; every worker must then call :meth:`evaluate`.
-        """
-        self._distributed = distributed
-        self.reset()
-
-    def reset(self) -> None:
-        """Forget all images."""
-        self._images: dict[Hashable, dict[str, float]] = {}
+class DepthEvaluator(PerImageEvaluator[dict[str, float]]):
+    """Mean over images of :func:`depth_metrics`, at the size of the depth map; images of unknown depth are left out."""
 
     def process(self, inputs: Sequence[Mapping[str, Any]], outputs: Sequence[Mapping[str, torch.Tensor]]) -> None:
         """Compare a batch of predictions with the files of the true depth.
@@ -51,21 +35,17 @@ class DepthEvaluator(DatasetEvaluator):
                 got = f"{predicted.shape} for {item['depth_file_name']}"
                 raise ValueError(f"Got a depth of shape {got}, but {truth.shape} is expected.")
             if truth.any():
-                self._images[item["file_name"]] = depth_metrics(predicted, truth)
+                self.keep(item, depth_metrics(predicted, truth))
 
     def evaluate(self) -> OrderedDict[str, dict[str, float]]:
         """``{"depth": …}`` with the keys of :func:`depth_metrics`; empty on all workers but the first."""
-        parts = [self._images]
-        if self._distributed:
-            comm.synchronize()
-            parts = comm.gather(self._images)
-            if not comm.is_main_process():
-                return OrderedDict()
-        images = {key: image for part in parts for key, image in part.items()}
+        images = self.gather()
+        if images is None:
+            return OrderedDict()
         if not images:
             logger.warning("There is no image with a known depth to evaluate.")
             return OrderedDict()
-        metrics = mean_metrics(list(images.values()))
+        metrics = mean_metrics(images)
         logger.info("Depth of %d images:\n%s", len(images), create_small_table(metrics))
         return OrderedDict(depth=metrics)
 

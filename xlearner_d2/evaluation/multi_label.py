@@ -2,24 +2,20 @@
 
 import logging
 from collections import OrderedDict
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import torch
-from detectron2.evaluation import DatasetEvaluator
-from detectron2.utils import comm
 from sklearn.metrics import average_precision_score
+
+from .per_image import PerImageEvaluator
 
 logger = logging.getLogger(__name__)
 
 
-class MultiLabelEvaluator(DatasetEvaluator):
-    """The mean over classes of scikit-learn's average precision, in percent, over the classes that occur.
-
-    An image that several workers were given, as by a sampler that pads, counts once: images are told apart by
-    ``image_id``, else by ``file_name``, else not at all. A NaN score ranks last.
-    """
+class MultiLabelEvaluator(PerImageEvaluator[tuple[np.ndarray, np.ndarray]]):
+    """The mean over classes of scikit-learn's average precision, in percent, over the classes that occur."""
 
     def __init__(self, *, class_names: Sequence[str], distributed: bool = True):
         """
@@ -28,12 +24,7 @@ class MultiLabelEvaluator(DatasetEvaluator):
             distributed: gather from all workers; every worker must then call :meth:`evaluate`.
         """
         self._num_classes = len(class_names)
-        self._distributed = distributed
-        self.reset()
-
-    def reset(self) -> None:
-        """Forget all images."""
-        self._images: dict[Hashable, tuple[np.ndarray, np.ndarray]] = {}
+        super().__init__(distributed=distributed)
 
     def process(self, inputs: Sequence[Mapping[str, Any]], outputs: Sequence[Mapping[str, torch.Tensor]]) -> None:
         """Keep a batch of predictions and labels.
@@ -51,26 +42,20 @@ class MultiLabelEvaluator(DatasetEvaluator):
             if scores.shape != (self._num_classes,):
                 got = f"Got label_scores of shape {scores.shape} for {self._num_classes} classes"
                 raise ValueError(f"{got}. Check MODEL.CLASSIFIER.NUM_CLASSES.")
-            key = item.get("image_id", item.get("file_name"))
-            key = (comm.get_rank(), len(self._images)) if key is None else key
-            self._images[key] = (self._labels(item), np.nan_to_num(scores, nan=float(np.finfo(np.float32).min)))
+            self.keep(item, (self._labels(item), np.nan_to_num(scores, nan=float(np.finfo(np.float32).min))))
 
     def evaluate(self) -> OrderedDict[str, dict[str, float]]:
         """``{"multi_label": {"mAP": …}}`` over all workers' images; empty on all workers but the first.
 
         NaN where no image has a label.
         """
-        parts = [self._images]
-        if self._distributed:
-            comm.synchronize()
-            parts = comm.gather(self._images)
-            if not comm.is_main_process():
-                return OrderedDict()
-        images = {key: image for part in parts for key, image in part.items()}
+        images = self.gather()
+        if images is None:
+            return OrderedDict()
         if not images:
             logger.warning("There are no predictions to evaluate.")
             return OrderedDict()
-        labels, scores = (np.stack(column) for column in zip(*images.values(), strict=True))  # [images, classes]
+        labels, scores = (np.stack(column) for column in zip(*images, strict=True))  # [images, classes]
         value = mean_average_precision(labels, scores)
         logger.info("Multi-label classification of %d images: mAP %.2f.", len(images), value)
         return OrderedDict(multi_label={"mAP": value})
