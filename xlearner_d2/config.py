@@ -36,8 +36,7 @@ def add_xlearner_config(cfg: CfgNode) -> None:
     x.CHECK_IMAGES = 5000
     # Faster convolutions on GPUs with tensor cores and on CPUs.
     x.CHANNELS_LAST = True
-    # Backend of torch.compile for the stages of branches and of the student, such as "inductor"; "" for none. The first
-    # steps then take minutes.
+    # Backend of torch.compile for the stages of branches and of the student, such as "inductor"; "" for none.
     x.COMPILE = ""
 
     # Project on Weights & Biases to log to as well; "" for none. Needs the package wandb.
