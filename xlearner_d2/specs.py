@@ -74,6 +74,7 @@ class DatasetSpec:
         ignore_value: label that is not evaluated and gives no loss (sem_seg).
         year: 2007 for the 11-point average precision, 2012 for the area under the curve (voc).
         evaluation: voc for Pascal VOC's average precision, coco for COCO's (voc).
+        license: under which the data are, in any format; it is told in the model cards of what is trained on them.
     """
 
     name: str
@@ -96,6 +97,7 @@ class DatasetSpec:
     year: int = 2012
     evaluation: str = "voc"
     scale: float = 1000.0
+    license: str = ""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -243,7 +245,7 @@ def parse_datasets(records: Mapping[str, Any], problems: list[str]) -> list[Data
         given = {key for key in record if key != "FORMAT"}
         if required - given:
             problems.append(f"{where} lacks {', '.join(sorted(required - given))}, needed for FORMAT {spec.format!r}.")
-        for key in sorted(given - required - optional):
+        for key in sorted(given - required - optional - {"LICENSE"}):
             problems.append(f"{where}.{key} has no meaning for FORMAT {spec.format!r}.")
         parsed.append(spec)
     return parsed

@@ -25,7 +25,9 @@ def _plain(node: CfgNode) -> dict[str, Any]:
     return {key: list(value) if isinstance(value, list | tuple) else value for key, value in node.items()}
 
 
-def export_student(student: nn.Module, cfg: CfgNode, path: str | Path) -> None:
+def export_student(
+    student: nn.Module, cfg: CfgNode, path: str | Path, *, training: Mapping[str, Any] | None = None
+) -> None:
     """Save the student's backbone, and nothing else, as a file that ``MODEL.WEIGHTS`` of any Detectron2 config takes.
 
     Names start at ``stem`` and ``res2``, as in Detectron2's own ImageNet files, and ask for the same matching, which
@@ -33,13 +35,18 @@ def export_student(student: nn.Module, cfg: CfgNode, path: str | Path) -> None:
 
     Args:
         cfg: describes the student's ResNet and its input.
+        training: how it was made, in plain values; kept in the file.
     """
     state = {
         name: value.detach().cpu().contiguous().clone()
         for name, value in student.state_dict().items()
         if not name.endswith("num_batches_tracked")
     }
-    description = {"resnets": _plain(cfg.MODEL.RESNETS), "input": input_convention(cfg)}
+    description = {
+        "resnets": _plain(cfg.MODEL.RESNETS),
+        "input": input_convention(cfg),
+        "training": dict(training or {}),
+    }
     data = {"model": state, "__author__": "xlearner_d2", "matching_heuristics": True, "xlearner": description}
     save_atomically(data, path)
 

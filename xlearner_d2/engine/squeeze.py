@@ -28,6 +28,7 @@ from .failure import stop_at_failure
 from .norm_statistics import WorkerStatistics, share_norm_statistics
 from .optimizer import make_optimizer
 from .plan import STUDENT_FILE, Plan, expanded_file, squeeze_config, student_config
+from .provenance import describe_training
 from .steps import StepTrainer
 from .trainer import StepSeed, build_loader, build_step_trainer, resume, stage_hooks, weigh
 from .workers import patient_group, wait_for_all
@@ -240,7 +241,7 @@ def build_squeeze_hook(
     path = Path(cfg.OUTPUT_DIR) / STUDENT_FILE
 
     def export(student: nn.Module) -> None:
-        export_student(student, student_config(plan.cfg), path)
+        export_student(student, student_config(plan.cfg), path, training=describe_training(plan))
         logger.info(f"The student is in {path}: give it to MODEL.WEIGHTS of any Detectron2 config of its depth.")
 
     trainer = build_step_trainer(cfg, weighed, batches, optimizer, scope=scope)

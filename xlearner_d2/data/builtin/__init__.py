@@ -7,7 +7,7 @@ import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
-from detectron2.data import DatasetCatalog
+from detectron2.data import DatasetCatalog, MetadataCatalog
 
 from ...specs import ConfigError, DatasetSpec, nearest
 from . import coco, depth, image_folder, image_list, lvis, panoptic, semantic, torchvision_sets, voc, webdataset_shards
@@ -55,6 +55,7 @@ def register_datasets(specs: Sequence[DatasetSpec], root: Path) -> None:
         try:
             _check_name(spec, seen)
             _FORMATS[spec.format](spec, root)
+            MetadataCatalog.get(spec.name).set(license=spec.license)
             _OURS.add(spec.name)
         except ConfigError as error:
             problems += error.problems

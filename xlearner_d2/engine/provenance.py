@@ -1,0 +1,56 @@
+"""How a student came about: what its file and its model card tell."""
+
+import shlex
+import subprocess
+import sys
+from datetime import UTC, datetime
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import detectron2
+from detectron2.data import MetadataCatalog
+
+from .plan import Plan, squeeze_config
+
+
+def describe_training(plan: Plan) -> dict[str, Any]:
+    """Sources with their data sets' licences, steps, command, commit, version and date, in plain values."""
+    sources = {
+        source.name: {
+            "task": source.task,
+            "config": source.config,
+            "images": len(plan.data[source.name].train),
+            "licences": {name: str(MetadataCatalog.get(name).get("license", "")) for name in source.train},
+        }
+        for source in plan.sources
+    }
+    return {
+        "sources": sources,
+        "steps": _steps(plan),
+        "sharing": plan.cfg.XLEARNER.SHARING,
+        "command": shlex.join(sys.argv),
+        "commit": _commit(),
+        "version": f"xlearner_d2 {metadata.version('xlearner_d2')}, detectron2 {detectron2.__version__}",
+        "date": datetime.now(UTC).date().isoformat(),
+    }
+
+
+def _steps(plan: Plan) -> str:
+    images = sum(source.ims_per_batch for source in plan.sources if source.train)
+    squeeze = squeeze_config(plan.cfg).SOLVER.MAX_ITER
+    if plan.cfg.XLEARNER.SQUEEZE.ONLINE:
+        return f"{plan.cfg.SOLVER.MAX_ITER} of expansion and squeeze at once"
+    expand = "" if plan.cfg.XLEARNER.SQUEEZE.TEACHER else f"{plan.cfg.SOLVER.MAX_ITER} of expansion, then "
+    return f"{expand}{squeeze} of squeeze, of {images} images each"
+
+
+def _commit() -> str:
+    """Of the checkout that this code is in; empty where it is installed without one."""
+    root = Path(__file__).parents[2]
+    if not (root / ".git").exists():
+        return ""
+    found = subprocess.run(
+        ["git", "describe", "--always", "--dirty", "--abbrev=12"], cwd=root, text=True, capture_output=True, check=False
+    )
+    return found.stdout.strip()

@@ -1,0 +1,166 @@
+"""The model card: what the weights were trained on, how, what they are worth, and how to use them."""
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from ..checkpoint.files import write_atomically
+from .convention import Convention
+from .student import Student
+
+_CITATION = """@inproceedings{he2022xlearner,
+  title={X-Learner: Learning Cross Sources and Tasks for Universal Visual Representation},
+  author={He, Yinan and Huang, Gengshi and Chen, Siyu and Teng, Jianing and Wang, Kun and Yin, Zhenfei and Sheng, Lu and
+          Liu, Ziwei and Qiao, Yu and Shao, Jing},
+  booktitle={European Conference on Computer Vision (ECCV)},
+  year={2022}
+}"""
+
+#: How each format is loaded; {path} and {name} are filled in.
+_USAGE = {
+    "d2": ("bash", "python train_net.py --config-file ANY_DETECTRON2_CONFIG.yaml MODEL.WEIGHTS {path}"),
+    "d2-pkl": ("bash", "python train_net.py --config-file ANY_DETECTRON2_CONFIG.yaml MODEL.WEIGHTS {path}"),
+    "torchvision": (
+        "python",
+        "import torch, torchvision\n\nmodel = torchvision.models.{name}()\nmodel.fc = torch.nn.Identity()\n"
+        'model.load_state_dict(torch.load("{path}", weights_only=True)["state_dict"], strict=False)',
+    ),
+    "timm": (
+        "python",
+        'import timm\n\nmodel = timm.create_model("local-dir:{path}", pretrained=True, features_only=True)\n'
+        '# or, with the folder on the hub: timm.create_model("hf_hub:USER/REPOSITORY", pretrained=True)',
+    ),
+    "safetensors": ("python", 'from safetensors.torch import load_file\n\nstate = load_file("{path}")'),
+    "onnx": (
+        "python",
+        'import onnxruntime\n\nsession = onnxruntime.InferenceSession("{path}")\n'
+        'res2, res3, res4, res5 = session.run(None, {{"images": images}})',
+    ),
+    "torchscript": ("python", 'import torch\n\nres2, res3, res4, res5 = torch.jit.load("{path}")(images)'),
+    "torch-export": (
+        "python",
+        'import torch\n\nres2, res3, res4, res5 = torch.export.load("{path}").module()(images)',
+    ),
+}
+
+
+def write_card(
+    student: Student, path: Path, *, to: str, library: str, convention: Convention, difference: float
+) -> Path:
+    """Write the card of an exported file beside it, or into a folder as its README.
+
+    Args:
+        to: the format.
+        library: which reads it.
+        difference: the largest that was found between the student's features and the library's.
+    """
+    card = path / "README.md" if path.is_dir() else path.with_suffix(".md")
+    sections = [
+        _front_matter(student, library),
+        _summary(student),
+        _usage(student, path, to, convention),
+        f"Features by stage (strides 4, 8, 16, 32) in {library} were compared with those of the trained student, in "
+        f"float32: the largest difference is {difference:.1e}.",
+        _training(student.training),
+        _metrics(student.path.with_name("metrics.json")),
+        f"## Citation\n\n```bibtex\n{_CITATION}\n```",
+    ]
+    write_atomically("\n\n".join(section for section in sections if section) + "\n", card)
+    return card
+
+
+def _front_matter(student: Student, library: str) -> str:
+    content: dict[str, Any] = {
+        "library_name": library,
+        "pipeline_tag": "image-feature-extraction",
+        "tags": ["xlearner", "detectron2", "resnet", "backbone"],
+        # What follows from the licences of the data is for whoever publishes the weights to say.
+        "license": "other",
+    }
+    names = [name for source in student.training.get("sources", {}).values() for name in source["licences"]]
+    if names:
+        content["datasets"] = sorted(set(names))
+    return f"---\n{yaml.safe_dump(content, sort_keys=False)}---"
+
+
+def _summary(student: Student) -> str:
+    tasks = sorted({source["task"] for source in student.training.get("sources", {}).values()})
+    learned = f" It was learned from labels for {_listed(tasks)} at once." if tasks else ""
+    text = f"One plain ResNet-{student.depth} backbone, squeezed from an expanded multi-task model by xlearner_d2."
+    return f"# {student.path.stem}\n\n{text}{learned}"
+
+
+def _listed(words: Sequence[str]) -> str:
+    return words[0] if len(words) == 1 else ", ".join(words[:-1]) + f" and {words[-1]}"
+
+
+def _usage(student: Student, path: Path, to: str, convention: Convention) -> str:
+    language, code = _USAGE[to]
+    name = {(50, 128): "wide_resnet50_2", (101, 128): "wide_resnet101_2"}.get(
+        (student.depth, student.cfg.MODEL.RESNETS.WIDTH_PER_GROUP), f"resnet{student.depth}"
+    )
+    filled = code.format(path=path.name if path.is_file() else path, name=name)
+    return f"## Use\n\n```{language}\n{filled}\n```\n\n{_input(convention)}"
+
+
+def _input(convention: Convention) -> str:
+    top = f"{convention.value_range:g}"
+    how = "The network normalises them itself, by" if convention.normalised_inside else "They are normalised by"
+    text = (
+        f"Input: {convention.channel_order} images, float32 from 0 to {top}. {how} mean {_numbers(convention.mean)} "
+        f"and standard deviation {_numbers(convention.std)}, in that order of channels. Normalisation layers: "
+        f"{convention.norm}."
+    )
+    stride = (
+        f" The stride of a bottleneck is in its {convention.stride_in} convolution." if convention.stride_in else ""
+    )
+    return text + stride
+
+
+def _numbers(values: Sequence[float]) -> str:
+    return "(" + ", ".join(f"{value:.6g}" for value in values) + ")"
+
+
+def _training(training: Mapping[str, Any]) -> str:
+    if not training:
+        return "## Training\n\nThe file does not tell."
+    rows = ["| source | task | data sets | images | licences |", "|---|---|---|---|---|"]
+    for name, source in training["sources"].items():
+        licences = ", ".join(licence or "not stated" for licence in source["licences"].values())
+        rows.append(
+            f"| {name} | {source['task']} | {', '.join(source['licences'])} | {source['images']} | {licences} |"
+        )
+    facts = [
+        f"- {key}: {training[key]}"
+        for key in ("steps", "sharing", "command", "commit", "version", "date")
+        if training.get(key)
+    ]
+    return "## Training\n\n" + "\n".join([*rows, "", *facts])
+
+
+def _metrics(path: Path) -> str:
+    """What the run has measured, from the metrics.json beside the weights."""
+    if not path.is_file():
+        return ""
+    found = json.loads(path.read_text(encoding="utf-8"))
+    rows = [
+        f"| {source} | {name} | {metric} | {value:.1f} |"
+        for source, by_name in found.get("expanded", {}).items()
+        for name, metrics in by_name.items()
+        for metric, value in metrics.items()
+        if isinstance(value, int | float) and "-" not in metric
+    ]
+    probes = [
+        f"| {name} | linear probe, top-1 | {values['student']:.1f} |"
+        for name, values in found.get("probes", {}).items()
+    ]
+    parts = []
+    if probes:
+        parts += ["Of these weights:", "", "| data | metric | percent |", "|---|---|---|", *probes, ""]
+    if rows:
+        parts += ["Of the expanded model that they were squeezed from:", ""]
+        parts += ["| source | test data | metric | percent |", "|---|---|---|---|", *rows]
+    return "## Measured\n\n" + "\n".join(parts) if parts else ""
