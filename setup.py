@@ -20,6 +20,7 @@ setup(
     ],
     python_requires=">=3.11,<3.13",
     packages=find_packages(include=["xlearner_d2", "xlearner_d2.*"]),
+    entry_points={"console_scripts": ["xlearner-d2 = xlearner_d2.__main__:main"]},
     package_data={"xlearner_d2.report": ["*.css"]},
     # Detectron2 is not on PyPI under its own name, so no requirement can name it.
     install_requires=[

@@ -47,6 +47,17 @@ ALLOWED: dict[str, set[str]] = {
     "results": {"specs", "results"},
     "report": {"specs", "extensions", "labels", "data", "evaluation", "results", "report"},
     "engine": {"specs", "config", "extensions", "data", "modeling", "checkpoint", "evaluation", "report", "engine"},
+    "commands": {
+        "specs",
+        "config",
+        "data",
+        "engine",
+        "exports",
+        "results",
+        "report",
+        "transfer",
+    },
+    "__main__": {"commands"},
     "transfer": {
         "specs",
         "config",

@@ -1,52 +1,7 @@
 #!/usr/bin/env python
-"""A whole study: pre-train every backbone, measure all on a suite, report; continues where it was stopped.
+"""The command of xlearner_d2/commands/study.py, from a checkout."""
 
-python tools/study.py --study configs/transfer/openmoji12_study.yaml --seeds 3 --jobs 2 --output output/openmoji12
-"""
-
-import argparse
-import logging
-import os
-from pathlib import Path
-
-# Before torch is imported: threads that wait without spinning leave the processors to the other jobs.
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-
-from xlearner_d2.report.transfer import report_folder
-from xlearner_d2.specs import ConfigError
-from xlearner_d2.transfer.command_line import make_parser, seeds_of, start
-from xlearner_d2.transfer.measure import check_suite, measure
-from xlearner_d2.transfer.pretraining import backbones_of, check_output, check_runs, load_study, run_pretraining
-
-logger = logging.getLogger("xlearner_d2.transfer")
-
-
-def parse_args() -> argparse.Namespace:
-    """The command line."""
-    parser = make_parser(__doc__ or "", jobs="runs and cells")
-    parser.add_argument("--study", required=True, help="a YAML file, as those in configs/transfer")
-    parser.add_argument("--output", required=True, help="folder of the study")
-    parser.add_argument("--subject", default="squeezed", help="the backbone that is judged (default: %(default)s)")
-    parser.add_argument("--dry-run", action="store_true", help="check all configs and data, list the backbones, stop")
-    return parser.parse_args()
-
-
-def main(args: argparse.Namespace) -> None:
-    """Seed by seed, so that a study that is stopped has whole seeds."""
-    study, folder = load_study(args.study), Path(args.output)
-    check_suite(study.suite)
-    check_runs(study)
-    check_output(study, seeds_of(args), folder)
-    if args.dry_run:
-        print("\n".join(f"{name}: {text}" for name, text in study.backbones.items()))
-        return
-    for seed in seeds_of(args):
-        failed = run_pretraining(study, [seed], folder, jobs=args.jobs)
-        if failed:
-            raise ConfigError([f"{name} failed." for name in failed], what="The pre-training")
-        measure(study.suite, backbones_of(study, folder), [seed], folder, jobs=args.jobs)
-        logger.info(f"The report is {report_folder(folder, subject=args.subject)}.")
-
+from xlearner_d2.commands import start
 
 if __name__ == "__main__":
-    start(main, parse_args())
+    start("study")

@@ -1,7 +1,11 @@
-"""The one place where import-time and log noise of Detectron2 and its dependencies is silenced; imported first."""
+"""What has to happen before torch and Detectron2 are imported: their noise is silenced, here and nowhere else."""
 
 import logging
+import os
 import warnings
+
+# Threads that wait without spinning leave the processors to the data loader, and to what runs beside.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 # Detectron2 scripts a few tensor helpers while it is imported.
 warnings.filterwarnings("ignore", message=r".*torch\.jit\.(script|trace|interface).*", category=FutureWarning)

@@ -1,6 +1,5 @@
 """Contact sheets of mapped images, from the mappers that a run uses."""
 
-import importlib.util
 import subprocess
 import sys
 from collections.abc import Callable
@@ -15,6 +14,7 @@ from detectron2.structures import BitMasks, Boxes, Instances, Keypoints, Polygon
 from disk_data import write_data
 from PIL import Image
 
+from xlearner_d2.commands import browse_data
 from xlearner_d2.report.browse import describe_sizes, draw_sheet, panoptic_names
 from xlearner_d2.specs import ConfigError
 
@@ -147,19 +147,13 @@ XLEARNER:
 @pytest.fixture
 def browse(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
     """Call the tool's main function, in this process."""
-    spec = importlib.util.spec_from_file_location("browse_data", ROOT / "tools/browse_data.py")
-    assert spec is not None
-    assert spec.loader is not None
-    tool = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(tool)
     write_data(tmp_path)
     (tmp_path / "config.yaml").write_text(CONFIG.format(root=ROOT))
     monkeypatch.setenv("DETECTRON2_DATASETS", str(tmp_path))
 
     def call(*options: str) -> None:
         arguments = ["--config-file", f"{tmp_path}/config.yaml", "--output", f"{tmp_path}/out", *options]
-        monkeypatch.setattr(sys, "argv", ["browse_data.py", *arguments])
-        tool.main(tool.parse_args())
+        browse_data.run(browse_data.make_parser().parse_args(arguments))
 
     return call
 

@@ -1,11 +1,7 @@
-"""What the commands of transfer studies share: options, logs, and how they end."""
+"""What the commands of transfer studies share: options and logs."""
 
 import argparse
 import logging
-import sys
-from collections.abc import Callable
-
-from ..specs import ConfigError
 
 
 def positive(text: str) -> int:
@@ -16,7 +12,7 @@ def positive(text: str) -> int:
     return number
 
 
-def make_parser(description: str, *, jobs: str) -> argparse.ArgumentParser:
+def base_parser(description: str, *, jobs: str) -> argparse.ArgumentParser:
     """A parser with the options that all commands have.
 
     Args:
@@ -34,11 +30,7 @@ def seeds_of(args: argparse.Namespace) -> range:
     return range(args.first_seed, args.first_seed + args.seeds)
 
 
-def start(main: Callable[[argparse.Namespace], None], args: argparse.Namespace) -> None:
-    """Run a command; end with one clear message where the configuration or the data is wrong."""
+def log_progress() -> None:
+    """Show what is done, a line each."""
     logging.basicConfig(level=logging.INFO, format="[%(asctime)s] %(message)s", datefmt="%H:%M:%S")
     logging.getLogger("detectron2").setLevel(logging.WARNING)  # it tells of each set that it reads
-    try:
-        main(args)
-    except ConfigError as error:
-        sys.exit(f"error: {error}")

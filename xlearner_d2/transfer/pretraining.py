@@ -195,7 +195,7 @@ def _run(study: StudySpec, name: str, seed: int, folder: Path, *, jobs: int) -> 
     """One run in a process of its own; its exit code."""
     output = _output(folder, name, seed)
     output.mkdir(parents=True, exist_ok=True)
-    command = [sys.executable, str(Path(__file__).parents[2] / "train_net.py"), "--config-file", study.config]
+    command = [sys.executable, "-m", "xlearner_d2", "train", "--config-file", study.config]
     command += ["--resume", *_filled(study.runs[name], folder, seed), "SEED", str(seed), "OUTPUT_DIR", str(output)]
     threads = max(1, (os.cpu_count() or 1) // jobs)
     # The run inherits the lock, and holds it even when this process is killed: the next one then waits for its end.

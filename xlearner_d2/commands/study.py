@@ -1,0 +1,44 @@
+"""A whole study: pre-train every backbone, measure all on a suite, report; continues where it was stopped.
+
+python tools/study.py --study configs/transfer/openmoji12_study.yaml --seeds 3 --jobs 2 --output output/openmoji12
+"""
+
+import argparse
+import logging
+from pathlib import Path
+
+from ..report.transfer import report_folder
+from ..specs import ConfigError
+from ..transfer.command_line import base_parser, log_progress, seeds_of
+from ..transfer.measure import check_suite, measure
+from ..transfer.pretraining import backbones_of, check_output, check_runs, load_study, run_pretraining
+
+logger = logging.getLogger("xlearner_d2.transfer")
+
+
+def make_parser() -> argparse.ArgumentParser:
+    """The command line."""
+    parser = base_parser(__doc__ or "", jobs="runs and cells")
+    parser.add_argument("--study", required=True, help="a YAML file, as those in configs/transfer")
+    parser.add_argument("--output", required=True, help="folder of the study")
+    parser.add_argument("--subject", default="squeezed", help="the backbone that is judged (default: %(default)s)")
+    parser.add_argument("--dry-run", action="store_true", help="check all configs and data, list the backbones, stop")
+    return parser
+
+
+def run(args: argparse.Namespace) -> None:
+    """Seed by seed, so that a study that is stopped has whole seeds."""
+    log_progress()
+    study, folder = load_study(args.study), Path(args.output)
+    check_suite(study.suite)
+    check_runs(study)
+    check_output(study, seeds_of(args), folder)
+    if args.dry_run:
+        print("\n".join(f"{name}: {text}" for name, text in study.backbones.items()))
+        return
+    for seed in seeds_of(args):
+        failed = run_pretraining(study, [seed], folder, jobs=args.jobs)
+        if failed:
+            raise ConfigError([f"{name} failed." for name in failed], what="The pre-training")
+        measure(study.suite, backbones_of(study, folder), [seed], folder, jobs=args.jobs)
+        logger.info(f"The report is {report_folder(folder, subject=args.subject)}.")
