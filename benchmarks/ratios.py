@@ -176,19 +176,26 @@ def memory(args: Namespace) -> Found:
     """
     found = {}
     for name, heads in {"three classifiers": ("classifier",) * 3, "three kinds of heads": THREE_TASKS}.items():
-        need, kept = {}, {}
-        for sharing in ("detached", "separate"):
-            model = make_model(heads, "XLEARNER.SHARING", sharing, *precision(args))
-            batch = make_batch(model, count=args.images, size=args.size)
-            kept[sharing] = kept_bytes(lambda model=model, batch=batch: losses_of(model, batch), model)  # type: ignore[misc]
-            need[sharing] = kept[sharing] + 16 * sum(p.numel() for p in model.parameters())
-        found[name] = {
-            "ratio": round(need["detached"] / need["separate"], 4),
-            "ratio_kept": round(kept["detached"] / kept["separate"], 4),
-            "mb": round(need["detached"] / 1e6, 1),
-            "reference_mb": round(need["separate"] / 1e6, 1),
-        }
+        reference = _memory(args, heads, "XLEARNER.SHARING", "separate")
+        for recompute in (False, True):
+            kept, need = _memory(args, heads, "XLEARNER.RECONCILIATION.RECOMPUTE", recompute)
+            found[name + (", layers run again" if recompute else "")] = {
+                "ratio": round(need / reference[1], 4),
+                "ratio_kept": round(kept / reference[0], 4),
+                "mb": round(need / 1e6, 1),
+                "reference_mb": round(reference[1] / 1e6, 1),
+            }
     return found
+
+
+def _memory(args: Namespace, heads: tuple[str, ...], *opts: Any) -> tuple[int, int]:
+    """Bytes kept for the backward pass, and with weights, gradients and two averages."""
+    model = make_model(heads, *opts, *precision(args))
+    batch = make_batch(model, count=args.images, size=args.size)
+    into = [part for part in model.backbone.reconciliation.values() if part.recompute]
+    again = [layer for part in into for layers in part.layers.values() for layer in layers.values()]
+    kept = kept_bytes(lambda: losses_of(model, batch), model, inputs_of=again)
+    return kept, kept + 16 * sum(p.numel() for p in model.parameters())
 
 
 def exported_student(args: Namespace) -> Found:

@@ -84,6 +84,8 @@ def add_xlearner_config(cfg: CfgNode) -> None:
     r.STAGES = ["res2", "res3", "res4"]
     # A stage receives the others' same stage and all shallower ones (True), or the same stage alone (False).
     r.CROSS_SCALE = True
+    # Run these layers again in the backward pass rather than keep what they compute: less memory, more time.
+    r.RECOMPUTE = False
 
     x.SQUEEZE = q = CfgNode()
     # Distil during the expansion run, from the branches as they are, instead of afterwards.

@@ -101,6 +101,32 @@ def test_without_gradient_the_others_keep_nothing(make_model: MakeModel, make_ba
     assert alone < with_layers < saved_bytes(lambda: step(both_ways, batches), both_ways)
 
 
+@pytest.mark.parametrize("sharing", ["detached", "bidirectional"])
+def test_layers_that_run_again_keep_less_and_change_nothing(
+    make_model: MakeModel, make_batches: MakeBatches, sharing: str
+) -> None:
+    def make(recompute: bool) -> XLearner:
+        opts = ("XLEARNER.SHARING", sharing, "XLEARNER.RECONCILIATION.RECOMPUTE", recompute)
+        model = make_model(*opts, without=("boxes",))
+        for name, parameter in model.backbone.reconciliation.named_parameters():
+            if name.endswith("norm.weight"):  # zero at first, which would hide a difference
+                nn.init.ones_(parameter)
+        return model
+
+    batches, kept, found = make_batches("pics", "areas"), {}, {}
+    for recompute in (False, True):
+        model = make(recompute)
+        losses: dict[str, Tensor] = {}
+        kept[recompute] = saved_bytes(lambda model=model, losses=losses: losses | step(model, batches), model)
+        model = make(recompute)
+        sum(step(model, batches).values(), torch.zeros(())).backward()
+        gradients = {f"{name}.grad": p.grad for name, p in model.named_parameters() if p.grad is not None}
+        found[recompute] = {**model.state_dict(), **gradients}
+    assert kept[True] < kept[False]
+    assert found[True].keys() == found[False].keys()
+    assert all(torch.equal(found[True][name], found[False][name]) for name in found[True])
+
+
 def test_a_lone_source_costs_what_its_head_costs_alone(make_model: MakeModel, make_batches: MakeBatches) -> None:
     """One source: the very calls of torch that the head makes by itself, and nothing kept beyond."""
     model = make_model(without=("pics", "areas"))

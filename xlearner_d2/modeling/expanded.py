@@ -272,6 +272,7 @@ def _build_reconciliation(cfg: CfgNode, branches: Mapping[str, ResNet]) -> dict[
             stages=cfg.XLEARNER.RECONCILIATION.STAGES,
             cross_scale=cfg.XLEARNER.RECONCILIATION.CROSS_SCALE,
             norm="BN" if norm == "FrozenBN" else norm,
+            recompute=cfg.XLEARNER.RECONCILIATION.RECOMPUTE,
         )
         for name, branch in branches.items()
     }
