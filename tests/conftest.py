@@ -1,7 +1,10 @@
 """Tiny configs, models and batches that every test can build in well under a second."""
 
 import os
+import subprocess
+import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -119,3 +122,12 @@ def make_batches() -> Callable[..., dict[str, list[dict[str, Any]]]]:
         return {source: [record(source) for _ in range(count)] for source in sources or SOURCES}
 
     return make
+
+
+@pytest.fixture(scope="session")
+def openmoji(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A ``$DETECTRON2_DATASETS`` with a small share of the OpenMoji data, by the command that makes them."""
+    folder, root = tmp_path_factory.mktemp("data"), Path(__file__).resolve().parents[1]
+    make = [sys.executable, "datasets/prepare_openmoji.py", "--scale", "0.1", "--output", str(folder / "openmoji")]
+    subprocess.run(make, cwd=root, check=True, capture_output=True)
+    return folder

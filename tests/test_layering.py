@@ -12,7 +12,8 @@ ROOT = Path(__file__).resolve().parents[1] / PACKAGE
 #: Module or package -> what of ours it may import, packages with all that is in them. The longest name that fits a
 #: module decides: ``modeling.heads`` if it is listed, else ``modeling``.
 ALLOWED: dict[str, set[str]] = {
-    "": {"_quiet", "config", "modeling"},
+    "": {"_quiet", "config", "modeling", "library"},
+    "library": {"engine", "exports"},
     "_quiet": set(),
     "specs": set(),
     "labels": set(),

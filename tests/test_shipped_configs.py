@@ -32,14 +32,6 @@ def dry_run(script, *options, data):
 
 
 @pytest.fixture(scope="module")
-def openmoji(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("data")
-    make = [sys.executable, "datasets/prepare_openmoji.py", "--scale", "0.03", "--output", str(folder / "openmoji")]
-    subprocess.run(make, cwd=ROOT, check=True, capture_output=True)
-    return folder
-
-
-@pytest.fixture(scope="module")
 def photographs():
     root = Path(os.environ.get("DETECTRON2_DATASETS", "nowhere"))
     if not (root / "upstream/cls_caltech99").is_dir():

@@ -47,6 +47,13 @@ def other_classes(project):
     set_source(project, "pics", TEST=["t_other"])
 
 
+def probe_without_a_second_image(project):
+    other_classes(project)
+    set_source(project, "pics", TEST=[])
+    project.content["XLEARNER"]["PROBES"] = {"rare": {"TRAIN": "t_other", "TEST": "t_other"}}
+    project.write(project.content)
+
+
 def label_99(project):
     Image.fromarray(np.full((64, 64), 99, np.uint8)).save(project.root / "data/areas/labels/3.png")
 
@@ -121,6 +128,10 @@ CASES = {
     ),
     "two sources of one name": (duplicate_source, r"config\.yaml: XLEARNER\.SOURCES\.pics is given twice"),
     "other classes in test": (other_classes, r"source pics.*'cat'.*'cow'"),
+    "a probe that cannot choose": (
+        probe_without_a_second_image,
+        r"probe rare: no class of data set 't_other' has more than one image",
+    ),
     "wrong kind of data": (
         lambda p: set_source(p, "boxes", TRAIN=["t_pics"], TEST=[]),
         r"SOURCES\.boxes: the data set 't_pics' has no thing_classes, which GeneralizedRCNN learns from",

@@ -1,5 +1,6 @@
 """The sources' data: registered, read once, and checked as a whole before anything is built."""
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -85,9 +86,21 @@ def load_records(
         problems += [f"{by}: {problem}" for problem in found]
     if not problems:
         problems += [f"{user}: {problem}" for user, names in users.items() for problem in check_same_classes(names)]
+        problems += [problem for probe in probes for problem in _check_probe(probe, records[probe.train])]
     if problems:
         raise ConfigError(problems, what="The data")
     return records
+
+
+def _check_probe(probe: ProbeSpec, records: Records) -> list[str]:
+    """Found now, as the probe is fitted at the very end, with a share of each class held out."""
+    counts = Counter(record.get("category_id") for record in records)
+    if not counts or max(counts.values()) > 1:
+        return []
+    return [
+        f"probe {probe.name}: no class of data set {probe.train!r} has more than one image, but one of some class has "
+        "to be held out to choose the regularisation."
+    ]
 
 
 def _advice(error: Exception) -> str:
