@@ -13,8 +13,7 @@ from .student import Student
 
 _CITATION = """@inproceedings{he2022xlearner,
   title={X-Learner: Learning Cross Sources and Tasks for Universal Visual Representation},
-  author={He, Yinan and Huang, Gengshi and Chen, Siyu and Teng, Jianing and Wang, Kun and Yin, Zhenfei and Sheng, Lu and
-          Liu, Ziwei and Qiao, Yu and Shao, Jing},
+  author={He, Yinan and others},
   booktitle={European Conference on Computer Vision (ECCV)},
   year={2022}
 }"""
