@@ -35,7 +35,7 @@ setup(
         "opencv-python-headless>=4.10",
         "pillow>=11",
         "pycocotools>=2.0.8",
-        "safetensors>=0.4",
+        "safetensors>=0.5,<1",
         "scikit-learn>=1.5",
         "scipy>=1.13",
         "setuptools<82",  # detectron2.model_zoo imports pkg_resources

@@ -14,6 +14,7 @@ OUTPUT = ROOT / "docs/SETTINGS.md"
 RECORDS = {
     "XLEARNER.DATASETS": ("specs.py", "DatasetSpec"),
     "XLEARNER.SOURCES": ("specs.py", "SourceSpec"),
+    "XLEARNER.BRANCHES": ("modeling/branches.py", "BranchSpec"),
     "XLEARNER.PROBES": ("specs.py", "ProbeSpec"),
     "TRANSFER.SETS": ("transfer/suite.py", "SetSpec"),
     "TRANSFER.PROTOCOLS": ("transfer/suite.py", "ProtocolSpec"),
@@ -21,7 +22,7 @@ RECORDS = {
 HEADER = """# Settings
 
 What this project adds to Detectron2's settings. Written by `python tools/settings.py`; edit the comments there instead:
-`xlearner_d2/config.py`, `xlearner_d2/specs.py`, `xlearner_d2/transfer/suite.py`.
+`xlearner_d2/config.py`, `xlearner_d2/specs.py`, `xlearner_d2/modeling/branches.py`, `xlearner_d2/transfer/suite.py`.
 
 """
 
@@ -34,7 +35,7 @@ def read_settings(source: str) -> list[tuple[str, str, str]]:
     for line in source.splitlines():
         text = line.strip()
         section = re.fullmatch(r"(\w+)\.(\w+(?:\.\w+)?) = (\w+) = CfgNode\(\)", text)
-        setting = re.fullmatch(r"(\w+)\.(\w+(?:\.[A-Z_]+)?) = (.+)", text)
+        setting = re.fullmatch(r"(\w+)\.(\w+(?:\.[A-Z_]+)*) = (.+)", text)
         if section and section[1] in nodes:
             nodes[section[3]] = f"{nodes[section[1]]}{section[2]}."
         elif text.startswith("# "):

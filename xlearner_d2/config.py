@@ -28,6 +28,8 @@ def add_xlearner_config(cfg: CfgNode) -> None:
     x.DATASETS = CfgNode(new_allowed=True)
     # The sources, by name; see specs.SourceSpec.
     x.SOURCES = CfgNode(new_allowed=True)
+    # What is special about the branches of some tasks, by task; see branches.BranchSpec.
+    x.BRANCHES = CfgNode(new_allowed=True)
     # Linear probes of the student at the end, by name; see specs.ProbeSpec.
     x.PROBES = CfgNode(new_allowed=True)
     # How branches share: separate, shared (one trunk), detached (features passed on without gradient), bidirectional.
@@ -95,8 +97,10 @@ def add_xlearner_config(cfg: CfgNode) -> None:
     # Start of the student: "random", a task's name (that branch), a ResNet checkpoint, or "" (the branch of the first
     # source's task; random when the student is built otherwise).
     q.INIT = ""
-    # Depth of the student; 0 takes that of the branches.
+    # Depth of the student, a ResNet as MODEL.RESNETS says otherwise; 0 takes that of the branches.
     q.DEPTH = 0
+    # A model of timm as the student; "" takes what the branches are.
+    q.TIMM = ""
     # Stages whose features are matched.
     q.STAGES = ["res4", "res5"]
     # Weight of each of these stages; 0 leaves one out.
@@ -156,6 +160,10 @@ def add_head_config(cfg: CfgNode) -> None:
     # A third party's training mapper, as module.Class, called with the head's config; "" for the one that suits the
     # head. Test images are mapped as Detectron2 maps them.
     cfg.INPUT.MAPPER = ""
+
+    # A model of timm instead of the ResNet, such as "convnext_tiny": that of all branches and of the student, or that
+    # of build_timm_backbone and its like in other configs. "" for the ResNet.
+    cfg.MODEL.BACKBONE.TIMM = ""
 
     cfg.MODEL.CLASSIFIER = c = CfgNode()
     # The stage that ImageClassifier pools.
@@ -274,8 +282,8 @@ def _decode(key: str, text: Any) -> Any:
 def _merge_free_overrides(cfg: CfgNode, opts: Sequence[str]) -> list[str]:
     """Apply the pairs that may set new keys, and return the others, as yacs accepts only keys that exist already.
 
-    These are ``XLEARNER.{SOURCES,DATASETS}.name[.KEY]`` and ``TRANSFER.{SETS,PROTOCOLS}.name[.KEY]``, as a record may
-    leave keys at their defaults, and ``XLEARNER.SQUEEZE.SOLVER.KEY``.
+    These are ``XLEARNER.{SOURCES,DATASETS,BRANCHES}.name[.KEY]`` and ``TRANSFER.{SETS,PROTOCOLS}.name[.KEY]``, as a
+    record may leave keys at their defaults, and ``XLEARNER.SQUEEZE.SOLVER.KEY``.
     """
     rest: list[str] = []
     for key, text in zip(opts[::2], opts[1::2], strict=True):
@@ -296,6 +304,11 @@ def _merge_free_overrides(cfg: CfgNode, opts: Sequence[str]) -> list[str]:
                 if not isinstance(records.get(name), CfgNode):
                     raise ConfigError([f"{key}: there is no such record.{nearest(name, records)}"])
                 records[name][inner] = _decode(key, text)
+            case ["XLEARNER", "BRANCHES", name, inner]:  # of a record that need not be there
+                record = cfg.XLEARNER.BRANCHES.get(name)
+                cfg.XLEARNER.BRANCHES[name] = CfgNode({**(record or {}), inner: _decode(key, text)})
+            case ["XLEARNER", "BRANCHES", name]:
+                cfg.XLEARNER.BRANCHES[name] = _decode(key, text)
             case ["XLEARNER" as part, "FREEZE" as kind]:  # names, which yacs would want in quotes
                 cfg[part][kind] = _decode(key, text)
             case ["XLEARNER", "SQUEEZE", "SOLVER", inner]:

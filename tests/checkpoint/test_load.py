@@ -19,7 +19,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from xlearner_d2.checkpoint.load import load_resnet, load_strictly, read_checkpoint, resnet_state
+from xlearner_d2.checkpoint.load import load_resnet, load_strictly, read_checkpoint
+from xlearner_d2.checkpoint.names import resnet_state
 from xlearner_d2.specs import ConfigError
 
 STAGES = ["res2", "res3", "res4", "res5"]

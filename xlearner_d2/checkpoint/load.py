@@ -2,22 +2,29 @@
 
 import collections
 import io
+import logging
 import pickle
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from detectron2.checkpoint.c2_model_loading import convert_basic_c2_names
 from detectron2.utils.file_io import PathManager
+from safetensors.torch import load_file
+from timm.layers import ScaledStdConv2d, ScaledStdConv2dSame, StdConv2d, StdConv2dSame
 from torch import Tensor, nn
 
 from ..specs import ConfigError
+from .names import BackboneFile, OfTimm, State, backbone_file
+from .pixels import PixelConvention, StemConversion, stem_conversion
 
-State = dict[str, Tensor]
+logger = logging.getLogger(__name__)
+
+#: Convolutions that normalise their weights, so that no factor on these has an effect.
+_NORMALISED = (StdConv2d, StdConv2dSame, ScaledStdConv2d, ScaledStdConv2dSame)
 
 
 def _encode(text: str, encoding: str) -> bytes:
@@ -47,7 +54,7 @@ class _ArrayUnpickler(pickle.Unpickler):
 
 
 def read_checkpoint(path: str | Path) -> dict[str, Any]:
-    """Read a ``.pth``/``.pt`` file of tensors and plain containers, or a ``.pkl`` file of Detectron2.
+    """Read a ``.pth``/``.pt`` file of tensors and plain containers, a ``.safetensors`` file, or Detectron2's ``.pkl``.
 
     Returns:
         the file's dict; its weights are under ``"model"`` (also for files that hold nothing but weights).
@@ -76,6 +83,8 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
 
 
 def _read(path: Path) -> Any:
+    if path.suffix == ".safetensors":
+        return load_file(path)
     if path.suffix == ".pkl":
         return _ArrayUnpickler(io.BytesIO(path.read_bytes()), encoding="latin1").load()
     return torch.load(path, map_location="cpu", weights_only=True)
@@ -99,56 +108,34 @@ def _tensors(weights: Mapping[Any, Any]) -> State:
     }
 
 
-_TORCHVISION = (
-    (re.compile(r"^conv1\."), "stem.conv1."),
-    (re.compile(r"^bn1\."), "stem.conv1.norm."),
-    (re.compile(r"^layer(\d)\."), lambda match: f"res{int(match[1]) + 1}."),
-    (re.compile(r"\.downsample\.0\."), ".shortcut."),
-    (re.compile(r"\.downsample\.1\."), ".shortcut.norm."),
-    (re.compile(r"\.bn(\d)\."), r".conv\1.norm."),
-)
-
-
-def _from_torchvision(name: str) -> str:
-    for pattern, replacement in _TORCHVISION:
-        name = pattern.sub(replacement, name)
-    return name
-
-
-def _from_caffe2(state: Mapping[str, Tensor]) -> State:
-    names = [name for name in sorted(state) if not name.endswith("_momentum")]
-    return dict(zip(convert_basic_c2_names(names), (state[name] for name in names), strict=True))
-
-
-def resnet_state(state: Mapping[str, Tensor]) -> State:
-    """The weights of a ResNet under Detectron2's names (``stem.…``, ``res2.…``), without anything else.
-
-    Understands Detectron2's names, alone or within a model; torchvision's and timm's; and Caffe2's (MSRA) names.
-    """
-    if "res2_0_branch2a_w" in state:
-        state = _from_caffe2(state)
-    elif "layer1.0.conv1.weight" in state:
-        state = {_from_torchvision(name): value for name, value in state.items()}
-    else:
-        prefixes = {name.split("stem.conv1.weight")[0] for name in state if name.endswith("stem.conv1.weight")}
-        if len(prefixes) != 1:
-            return {}
-        prefix = prefixes.pop()
-        state = {name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)}
-    return {name: value for name, value in state.items() if re.match(r"(stem|res\d)\.", name)}
-
-
 @dataclass(frozen=True)
 class LoadReport:
-    """How a file's weights met a module: names that matched, and those that only one of them has."""
+    """How a file's weights met a module.
+
+    Attributes:
+        matched: names that both have.
+        missing: names that only the module has.
+        unexpected: names that only the file has.
+        reshaped: those matched whose shape the file has with other sides of one, such as (8,) for (8, 1, 1).
+        converted: those matched that were made for other pixels.
+        conversion: how these were converted, in words.
+    """
 
     matched: tuple[str, ...]
     missing: tuple[str, ...]
     unexpected: tuple[str, ...]
+    reshaped: tuple[str, ...] = ()
+    converted: tuple[str, ...] = ()
+    conversion: str = ""
 
     def __str__(self) -> str:
         parts = [f"{len(self.matched)} tensors loaded"]
-        for word, names in (("missing from the file", self.missing), ("unused", self.unexpected)):
+        for word, names in (
+            ("missing from the file", self.missing),
+            ("unused", self.unexpected),
+            ("re-shaped", self.reshaped),
+            (self.conversion, self.converted),
+        ):
             if names:
                 parts.append(f"{len(names)} {word} ({', '.join(names[:3])}{', …' if len(names) > 3 else ''})")
         return ", ".join(parts)
@@ -179,26 +166,99 @@ def _shape_problems(own: Mapping[str, Tensor], state: Mapping[str, Tensor]) -> l
     ]
 
 
-def load_resnet(resnet: nn.Module, path: str | Path) -> LoadReport:
-    """Initialise a Detectron2 ResNet from any ResNet checkpoint that ``resnet_state`` understands.
+def check_resnet(resnet: nn.Module, path: str | Path) -> None:
+    """See that :func:`load_resnet` would find what it needs; ``resnet`` may be on the meta device.
+
+    Raises:
+        ConfigError: as there.
+    """
+    _match(resnet, path)
+
+
+def load_resnet(resnet: nn.Module, path: str | Path, *, pixels: PixelConvention | None = None) -> LoadReport:
+    """Initialise a Detectron2 ResNet, or a network of timm that is cut like one, from any file of such a network.
 
     Files made for frozen BN may lack ``running_mean``, ``running_var`` and ``num_batches_tracked``: these stay at
     their initial values, under which BN is the affine map the file holds. Stages that ``resnet`` lacks are unused.
 
+    Args:
+        pixels: what ``resnet`` will be given; a stem made for another order or std of channels is converted exactly.
+            None takes it as it is. What cannot be converted is logged as a warning.
+
     Raises:
-        ConfigError: when the file holds no ResNet, lacks a weight, or has one of another shape.
+        ConfigError: when the file holds no such network, lacks a weight, or has one of another shape.
     """
-    state = resnet_state(read_checkpoint(path)["model"])
-    if not state:
-        raise ConfigError([f"The checkpoint {path} holds no ResNet under names of Detectron2, torchvision or Caffe2."])
+    file, matched, report = _match(resnet, path)
+    warnings = _stride_problems(resnet, file)
+    if pixels is not None and file.pixels is not None:
+        conversion = stem_conversion(file.pixels, pixels)
+        converted, stuck = _convert_stem(resnet, matched, conversion)
+        report = replace(report, converted=converted, conversion=str(conversion))
+        warnings += [*stuck, *([conversion.problem] if conversion.problem else [])]
+    for warning in warnings:
+        logger.warning(f"{path}: {warning}")
+    resnet.load_state_dict(matched, strict=False)
+    return report
+
+
+def _match(resnet: nn.Module, path: str | Path) -> tuple[BackboneFile, State, LoadReport]:
+    """The file's weights by the network's names and in its shapes."""
+    file = backbone_file(read_checkpoint(path), resnet)
+    if not file.state:
+        wanted = "ResNet under names of Detectron2, torchvision or Caffe2"
+        if isinstance(resnet, OfTimm):
+            wanted = f"{resnet.timm_name} under names of timm"
+        raise ConfigError([f"The checkpoint {path} holds no {wanted}."])
     own = resnet.state_dict()
+    state = {name: _in_shape(value, own.get(name)) for name, value in file.state.items()}
     statistics = ("running_mean", "running_var", "num_batches_tracked")
     missing = [name for name in own if name not in state]
     problems = [f"{name} is missing." for name in missing if not name.endswith(statistics)]
     problems += _shape_problems(own, state)
     if problems:
-        raise ConfigError(problems[:10], what=f"The checkpoint {path} does not fit MODEL.RESNETS; it")
+        setting = "MODEL.BACKBONE.TIMM" if isinstance(resnet, OfTimm) else "MODEL.RESNETS"
+        raise ConfigError(problems[:10], what=f"The checkpoint {path} does not fit {setting}; it")
     matched = {name: state[name] for name in own if name in state}
-    resnet.load_state_dict(matched, strict=False)
-    unexpected = tuple(name for name in state if name not in own)
-    return LoadReport(matched=tuple(matched), missing=tuple(missing), unexpected=unexpected)
+    report = LoadReport(
+        matched=tuple(matched),
+        missing=tuple(missing),
+        unexpected=tuple(name for name in state if name not in own),
+        reshaped=tuple(name for name in matched if file.state[name].shape != own[name].shape),
+    )
+    return file, matched, report
+
+
+def _in_shape(value: Tensor, own: Tensor | None) -> Tensor:
+    """The same numbers where shapes differ in sides of one alone, as a linear layer and a 1x1 convolution do."""
+    if own is None or value.shape == own.shape:
+        return value
+    sides = [[side for side in of.shape if side != 1] for of in (value, own)]
+    return value.reshape(own.shape) if sides[0] == sides[1] else value
+
+
+def _convert_stem(resnet: nn.Module, state: State, conversion: StemConversion) -> tuple[tuple[str, ...], list[str]]:
+    """Convert the weights that read the image, in place of ``state``; name them, and say what could not be done."""
+    if not str(conversion):
+        return (), []
+    convolutions = [
+        (f"stem.{name}.weight", module)
+        for name, module in resnet.stem.named_modules()  # type: ignore[operator, union-attr]
+        if isinstance(module, nn.Conv2d) and module.in_channels == 3 and module.groups == 1
+    ]
+    if conversion.scale and any(isinstance(module, _NORMALISED) for _, module in convolutions):
+        return (), ["its stem normalises its own weights, so it cannot be converted: use its PIXEL_STD and FORMAT."]
+    for name, _ in convolutions:
+        state[name] = conversion(state[name])
+    return tuple(name for name, _ in convolutions), []
+
+
+def _stride_problems(resnet: nn.Module, file: BackboneFile) -> list[str]:
+    """Where a bottleneck has its stride is no matter of weights."""
+    block = next(iter(getattr(resnet, "res3", ())), None)
+    if isinstance(resnet, OfTimm) or file.stride_in_1x1 is None or not hasattr(block, "conv3"):
+        return []
+    in_1x1 = block.conv1.stride != (1, 1)  # type: ignore[union-attr]
+    if in_1x1 == file.stride_in_1x1:
+        return []
+    text = f"it was trained with MODEL.RESNETS.STRIDE_IN_1X1 {file.stride_in_1x1}, but that is {in_1x1}"
+    return [f"{text}; weights cannot be converted from one to the other, so that features differ until trained."]

@@ -9,13 +9,15 @@ from detectron2.evaluation import inference_context, inference_on_dataset
 from detectron2.utils import comm
 
 from ..checkpoint.load import load_resnet
+from ..checkpoint.pixels import PixelConvention
 from ..data.loader import build_test_loader
 from ..evaluation.build import build_evaluator, main_metric
 from ..evaluation.probe import probe_backbone
 from ..modeling import XLearner
-from ..modeling.expanded import build_branch
+from ..modeling.branches import build_branch
 from ..modeling.xlearner import cpu_autocast_dtype
-from .plan import Plan, student_config
+from .branches import student_config
+from .plan import Plan
 from .workers import wait_for_all
 
 logger = logging.getLogger(__name__)
@@ -59,7 +61,7 @@ def probe_student(plan: Plan, weights: str | Path) -> dict[str, dict[str, float]
     torch.manual_seed(max(cfg.SEED, 0))
     random = build_branch(cfg, out_features=("res5",)).to(cfg.MODEL.DEVICE)
     student = build_branch(cfg, out_features=("res5",)).to(cfg.MODEL.DEVICE)
-    load_resnet(student, weights)
+    load_resnet(student, weights, pixels=PixelConvention.of(cfg))
     results: dict[str, dict[str, float]] = {}
     for probe in plan.probes:
         for name, backbone in (("student", student), ("random", random)):

@@ -8,6 +8,7 @@ from tabulate import tabulate
 from torch import nn
 
 from ..modeling import XLearner
+from ..modeling.branches import branch_config, network_name
 from ..specs import SourceSpec
 from .growth import grow
 from .plan import EXPANDED_FILE, STUDENT_FILE, Drawn, Plan, squeeze_config
@@ -25,7 +26,7 @@ def explain(plan: Plan) -> str:
     model = build_model(plan.cfg)
     growth = []
     if plan.growth is not None and "expand" in plan.stages:
-        growth = [f"It extends {plan.growth.path}: {grow(model, plan.cfg, plan.growth)}"]
+        growth = [f"It extends {plan.growth.path}: {grow(model, plan.cfg, plan.growth, plan.branches)}"]
     squeeze_steps = squeeze_config(plan.cfg).SOLVER.MAX_ITER
     steps = {"expand": plan.cfg.SOLVER.MAX_ITER, "squeeze": squeeze_steps}
     lines = [
@@ -113,12 +114,17 @@ def _branches_table(plan: Plan, model: XLearner) -> str:
         branch, incoming = model.backbone.branch(name), model.backbone.incoming(name)
         receives = ", ".join(incoming.stages) if incoming is not None else "nothing"
         stages = ", ".join(branch.output_shape())
-        rows.append((task.name, ", ".join(task.sources), _depth(plan.cfg), stages, receives, _millions(branch)))
+        rows.append(
+            (
+                task.name,
+                ", ".join(task.sources),
+                network_name(branch_config(plan.cfg, task.name)),
+                stages,
+                receives,
+                _millions(branch),
+            )
+        )
     return tabulate(rows, headers=["branch", "sources", "network", "stages", "receives at", "parameters"])
-
-
-def _depth(cfg: CfgNode) -> str:
-    return f"ResNet-{cfg.MODEL.RESNETS.DEPTH}"
 
 
 def _trained(module: nn.Module) -> str:

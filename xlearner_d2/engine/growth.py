@@ -7,14 +7,17 @@ from typing import Any
 
 import yaml
 from detectron2.config import CfgNode
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..checkpoint.grow import belongs_to, load_grown
 from ..checkpoint.load import load_resnet, read_checkpoint
+from ..checkpoint.pixels import PixelConvention
 from ..modeling import XLearner
+from ..modeling.branches import BranchSpec, branch_config, network_name
 from ..modeling.expanded import STAGES, TRUNK
 from ..modeling.heads import ARCHITECTURE_KEYS
 from ..specs import ConfigError, TaskSpec, nearest
+from .branches import start_of
 
 
 @dataclass(frozen=True)
@@ -96,11 +99,27 @@ def _settings_problems(cfg: CfgNode, stored: Mapping[str, Any], path: str) -> li
         here, there = _plain(_get(cfg, key)), _plain(_get(stored, key))
         if here != there:
             problems.append(f"{key} is {here}, but XLEARNER.EXTEND {path} was trained with {there}.")
+    problems += _network_problems(cfg, stored, path)
     here, there = cfg.XLEARNER.SHARING, stored["XLEARNER"]["SHARING"]
     exchanging = ("detached", "bidirectional")
     fits = here == there or (here in exchanging and there in (*exchanging, "separate"))
     if not fits:
         problems.append(f"XLEARNER.SHARING is {here!r}, which cannot continue XLEARNER.EXTEND {path} with {there!r}.")
+    return problems
+
+
+def _network_problems(cfg: CfgNode, stored: Mapping[str, Any], path: str) -> list[str]:
+    """Networks of the file's branches that the config has otherwise; files of before know only MODEL.RESNETS."""
+    there = cfg.clone()
+    there.defrost()
+    there.MODEL.BACKBONE.TIMM = stored["MODEL"]["BACKBONE"].get("TIMM", "")
+    there.XLEARNER.BRANCHES = CfgNode(stored["XLEARNER"].get("BRANCHES", {}))
+    problems = []
+    for task in dict.fromkeys(record["TASK"] for record in stored["XLEARNER"]["SOURCES"].values() if record):
+        own, old = (network_name(branch_config(of, task)) for of in (cfg, there))
+        if own != old:
+            wish = f"set XLEARNER.BRANCHES.{task} as there"
+            problems.append(f"The branch of task {task!r} is {own}, but {old} in XLEARNER.EXTEND {path}: {wish}.")
     return problems
 
 
@@ -179,8 +198,11 @@ def _stages(task: TaskSpec) -> tuple[str, ...]:
     return tuple(stage for stage in STAGES if stage <= max(task.out_features))
 
 
-def grow(model: XLearner, cfg: CfgNode, growth: Growth) -> str:
+def grow(model: XLearner, cfg: CfgNode, growth: Growth, branches: Sequence[BranchSpec]) -> str:
     """Load the file's parts into ``model``, start its new branches, and freeze what is to stay.
+
+    Args:
+        branches: may say what a new branch starts from.
 
     Returns:
         what was done, in sentences.
@@ -194,7 +216,7 @@ def grow(model: XLearner, cfg: CfgNode, growth: Growth) -> str:
     lost = {"branches": lost_tasks, "heads": set(growth.task_of) - kept}
     dropped = [name for name in state if belongs_to(name, **lost)]
     report = load_grown(model, state, path=growth.path, dropped=dropped)
-    sentences = [f"{report}.", *_start_new_branches(model, cfg, growth, state)]
+    sentences = [f"{report}.", *_start_new_branches(model, cfg, growth, state, branches)]
     if lost_tasks:
         names = ", ".join(sorted(lost_tasks))
         sentences.append(
@@ -204,19 +226,32 @@ def grow(model: XLearner, cfg: CfgNode, growth: Growth) -> str:
     return " ".join(sentences)
 
 
-def _start_new_branches(model: XLearner, cfg: CfgNode, growth: Growth, state: Mapping[str, Tensor]) -> list[str]:
+def _start_new_branches(
+    model: XLearner, cfg: CfgNode, growth: Growth, state: Mapping[str, Tensor], branches: Sequence[BranchSpec]
+) -> list[str]:
     """Say how each branch that the file lacks starts."""
     sentences = []
     old = {TRUNK, *(task.name for task in growth.tasks)}
-    start = cfg.XLEARNER.EXTEND_INIT or growth.tasks[0].name
     for name, branch in model.backbone.branches.items():
+        start = start_of(cfg, branches, name)[1] or growth.tasks[0].name
         if name in old or start == "random":
             continue
         prefix = f"backbone.branches.{start}."
         found = {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}
-        if found:  # stages that only the new branch has stay random
+        if found and not _fits(branch, found):
+            sentences.append(f"Branch {name} starts at random, as branch {start} is another network.")
+        elif found:  # stages that only the new branch has stay random
             branch.load_state_dict({key: found[key] for key in branch.state_dict() if key in found}, strict=False)
             sentences.append(f"Branch {name} starts as branch {start}.")
         else:
-            sentences.append(f"Branch {name} starts from {start}: {load_resnet(branch, start)}.")
+            report = load_resnet(branch, start, pixels=PixelConvention.of(cfg))
+            sentences.append(f"Branch {name} starts from {start}: {report}.")
     return sentences
+
+
+def _fits(branch: nn.Module, state: Mapping[str, Tensor]) -> bool:
+    """Whether the stages that both have are built alike."""
+    own = branch.state_dict()
+    stages = {name.split(".")[0] for name in own} & {name.split(".")[0] for name in state}
+    first, second = ({n: v.shape for n, v in of.items() if n.split(".")[0] in stages} for of in (own, state))
+    return first == second

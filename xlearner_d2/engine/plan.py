@@ -15,10 +15,12 @@ from ..data.balance import build_stream
 from ..data.sources import SourceData, load_records, register_sources, source_data
 from ..evaluation.build import check_evaluation
 from ..extensions import import_modules
+from ..modeling.branches import BranchSpec, parse_branches
 from ..modeling.distill import DISTANCES, NORMALISERS
 from ..modeling.expanded import STAGES as RESNET_STAGES
 from ..modeling.heads import COMPILED_HINT, derive_tasks, has_compiled_operators, head_config
 from ..specs import ConfigError, ProbeSpec, SourceSpec, TaskSpec, nearest, parse_probes, parse_sources
+from .branches import check_branches, check_networks
 from .drawn import Drawn, balance, check_sampling, check_weighting
 from .growth import Growth, check_tasks, read_growth, with_stored_classes
 from .optimizer import OPTIMIZERS
@@ -45,6 +47,7 @@ class Plan:
         probes: linear probes of the student.
         drawn: by stage; the expansion leaves frozen sources out, the squeeze those without training data.
         growth: the trained expansion that this run extends, if any.
+        branches: what is special about the branches of some tasks.
     """
 
     world_size: int
@@ -57,6 +60,7 @@ class Plan:
     probes: tuple[ProbeSpec, ...]
     drawn: Mapping[str, Drawn]
     growth: Growth | None
+    branches: tuple[BranchSpec, ...]
 
     @property
     def stages(self) -> tuple[str, ...]:
@@ -93,8 +97,6 @@ def _check_squeeze(cfg: CfgNode) -> list[str]:
             f"XLEARNER.SQUEEZE.STAGE_WEIGHTS has {len(squeeze.STAGE_WEIGHTS)} entries, "
             f"but SQUEEZE.STAGES has {len(squeeze.STAGES)}."
         )
-    if squeeze.DEPTH not in (0, 18, 34, 50, 101, 152):
-        problems.append(f"XLEARNER.SQUEEZE.DEPTH is {squeeze.DEPTH}, but 0, 18, 34, 50, 101 or 152 is expected.")
     if squeeze.PROJECTOR_LAYERS < 1:
         problems.append(f"XLEARNER.SQUEEZE.PROJECTOR_LAYERS is {squeeze.PROJECTOR_LAYERS}, but at least 1 is expected.")
     if not 0 <= squeeze.HINT_WEIGHT < float("inf"):
@@ -173,32 +175,12 @@ def expanded_file(cfg: CfgNode) -> Path:
     return Path(cfg.XLEARNER.SQUEEZE.TEACHER or os.path.join(cfg.OUTPUT_DIR, EXPANDED_FILE))
 
 
-def student_config(cfg: CfgNode) -> CfgNode:
-    """The project's config with the student's depth in ``MODEL.RESNETS``."""
-    cfg = cfg.clone()
-    cfg.defrost()
-    depth = cfg.XLEARNER.SQUEEZE.DEPTH
-    if depth:
-        cfg.MODEL.RESNETS.DEPTH = depth
-        cfg.MODEL.RESNETS.RES2_OUT_CHANNELS = 64 if depth < 50 else 256
-    cfg.MODEL.RESNETS.OUT_FEATURES = ["res2", "res3", "res4", "res5"]
-    return cfg
-
-
 def squeeze_config(cfg: CfgNode) -> CfgNode:
     """The project's config with ``XLEARNER.SQUEEZE.SOLVER`` merged into ``SOLVER``."""
     cfg = cfg.clone()
     cfg.defrost()
     cfg.SOLVER.merge_from_list([item for pair in cfg.XLEARNER.SQUEEZE.SOLVER.items() for item in pair])
     return cfg
-
-
-def _check_start(cfg: CfgNode, tasks: Sequence[TaskSpec]) -> list[str]:
-    """Found now, as the student is built after hours of expansion."""
-    start, names = cfg.XLEARNER.SQUEEZE.INIT, [task.name for task in tasks]
-    if start in ("", "random", *names) or "://" in start or Path(start).is_file():
-        return []
-    return [f"XLEARNER.SQUEEZE.INIT is {start!r}, no task and no file.{nearest(start, [*names, 'random'])}"]
 
 
 def _check_head(source: SourceSpec, head: CfgNode, world_size: int) -> list[str]:
@@ -260,6 +242,8 @@ def make_plan(cfg: CfgNode, *, world_size: int) -> Plan:
     import_modules(cfg.XLEARNER.IMPORTS)
     problems = _check_settings(cfg, world_size)
     problems += check_norm(cfg, "MODEL", world_size)
+    branches = parse_branches(cfg.XLEARNER.BRANCHES, problems)
+    problems += check_networks(cfg, branches)
     growth = None
     with _collect(problems):
         growth = read_growth(cfg)
@@ -300,8 +284,8 @@ def make_plan(cfg: CfgNode, *, world_size: int) -> Plan:
     if problems:
         raise ConfigError(problems)
     tasks = derive_tasks(sources, heads)
-    problems += _check_start(cfg, tasks)
     problems += check_tasks(cfg, growth, tasks)
+    problems += check_branches(cfg, branches, tasks, [] if growth is None else [task.name for task in growth.tasks])
     if problems:
         raise ConfigError(problems)
     return Plan(
@@ -315,4 +299,5 @@ def make_plan(cfg: CfgNode, *, world_size: int) -> Plan:
         probes=tuple(probes),
         drawn=drawn,
         growth=growth,
+        branches=tuple(branches),
     )

@@ -20,7 +20,9 @@ from ..checkpoint.load import load_strictly, read_checkpoint
 from ..data.mappers import build_mapper
 from ..evaluation.trivial import trivial_metrics
 from ..modeling import XLearner
+from ..modeling.branches import network_name
 from ..report.pictures import draw_dataset_predictions
+from .branches import student_config
 from .evaluate import SourceResults, evaluate_sources, probe_student
 from .explain import explain
 from .plan import STUDENT_FILE, Plan, check_expanded, check_output, expanded_file, make_plan
@@ -140,7 +142,8 @@ def _report_student(plan: Plan, weights: Path) -> dict[str, Any]:
         rows = [(name, found["student"], found["random"]) for name, found in probes.items()]
         table = tabulate(rows, headers=["downstream data", "student", "random weights"], floatfmt=".1f")
         logger.info(f"The student's linear-probe accuracy, in percent:\n{table}")
-    logger.info(f"The student is a plain ResNet: use {weights} as MODEL.WEIGHTS of any Detectron2 config of its depth.")
+    network = network_name(student_config(plan.cfg))
+    logger.info(f"The student is a plain {network}: use {weights} as MODEL.WEIGHTS of any Detectron2 config with it.")
     return {"probes": probes}
 
 

@@ -1,4 +1,4 @@
-"""The squeeze stage: a hook that distils the expanded backbone into a plain ResNet, and what it needs to run alone."""
+"""The squeeze stage: a hook that distils the expanded backbone into a plain network, and what it needs to run alone."""
 
 import logging
 from collections.abc import Callable, Iterable, Iterator
@@ -8,7 +8,6 @@ from typing import Any, cast
 import torch
 from detectron2.engine import HookBase, TrainerBase, hooks
 from detectron2.modeling import build_model
-from detectron2.modeling.backbone.resnet import ResNet
 from detectron2.solver import build_lr_scheduler
 from detectron2.utils import comm
 from detectron2.utils.env import seed_all_rng
@@ -18,16 +17,19 @@ from torch import Tensor, nn
 
 from ..checkpoint.export import export_student
 from ..checkpoint.load import load_resnet, load_strictly, read_checkpoint
+from ..checkpoint.pixels import PixelConvention
 from ..checkpoint.training import TrainingCheckpointer
 from ..data.loader import start_at
 from ..modeling import XLearner
+from ..modeling.branches import Branch, build_branch, compile_stages
 from ..modeling.distill import Distiller, matched_stages
-from ..modeling.expanded import TRUNK, build_branch, compile_stages
+from ..modeling.expanded import TRUNK
 from ..modeling.weighting import weights_of
+from .branches import shapes, student_config
 from .failure import stop_at_failure
 from .norm_statistics import WorkerStatistics, share_norm_statistics
 from .optimizer import make_optimizer
-from .plan import STUDENT_FILE, Plan, expanded_file, squeeze_config, student_config
+from .plan import STUDENT_FILE, Plan, expanded_file, squeeze_config
 from .provenance import describe_training
 from .steps import StepTrainer
 from .trainer import StepSeed, build_loader, build_step_trainer, resume, stage_hooks, weigh
@@ -168,8 +170,8 @@ def build_learner(plan: Plan, teacher: XLearner, stage: str, *, scope: str = "")
     return learner
 
 
-def build_student(plan: Plan, teacher: XLearner) -> ResNet:
-    """A plain ResNet with the deepest stage that any branch has."""
+def build_student(plan: Plan, teacher: XLearner) -> Branch:
+    """A plain network with the deepest stage that any branch has."""
     features = {stage for task in teacher.backbone.tasks for stage in teacher.backbone.output_shape(task)}
     dilation = max(task.res5_dilation for task in plan.tasks)
     student = build_branch(student_config(plan.cfg), out_features=sorted(features), res5_dilation=dilation)
@@ -178,7 +180,7 @@ def build_student(plan: Plan, teacher: XLearner) -> ResNet:
     return student
 
 
-def initialise_student(student: ResNet, plan: Plan, teacher: XLearner) -> None:
+def initialise_student(student: Branch, plan: Plan, teacher: XLearner) -> None:
     """Start the student as ``XLEARNER.SQUEEZE.INIT`` says."""
     start = plan.cfg.XLEARNER.SQUEEZE.INIT or _fitting_branch(student, teacher)
     if start in teacher.backbone.tasks:
@@ -186,15 +188,15 @@ def initialise_student(student: ResNet, plan: Plan, teacher: XLearner) -> None:
         load_strictly(student, branch.state_dict(), path=f"of branch {start} (XLEARNER.SQUEEZE.INIT)")
         logger.info(f"The student starts as the branch of task {start}.")
     elif start != "random":
-        logger.info(f"Starting the student from {start}: {load_resnet(student, start)}.")
+        report = load_resnet(student, start, pixels=PixelConvention.of(plan.cfg))
+        logger.info(f"Starting the student from {start}: {report}.")
 
 
-def _fitting_branch(student: ResNet, teacher: XLearner) -> str:
+def _fitting_branch(student: Branch, teacher: XLearner) -> str:
     """The task of the first source, or "random" where its branch is not built as the student is."""
     task = teacher.backbone.tasks[0]
     branch = teacher.backbone.branch(teacher.backbone.branch_of[task])
-    shapes = [{name: value.shape for name, value in of.state_dict().items()} for of in (branch, student)]
-    return task if shapes[0] == shapes[1] else "random"
+    return task if shapes(branch) == shapes(student) else "random"
 
 
 def freeze_unmatched(distiller: Distiller) -> None:
@@ -242,7 +244,7 @@ def build_squeeze_hook(
 
     def export(student: nn.Module) -> None:
         export_student(student, student_config(plan.cfg), path, training=describe_training(plan))
-        logger.info(f"The student is in {path}: give it to MODEL.WEIGHTS of any Detectron2 config of its depth.")
+        logger.info(f"The student is in {path}: give it to MODEL.WEIGHTS of any Detectron2 config with such a network.")
 
     trainer = build_step_trainer(cfg, weighed, batches, optimizer, scope=scope)
     trainer.on_non_finite = stop_at_failure(plan, "squeeze", {"expand": teacher, "squeeze": weighed})

@@ -18,12 +18,13 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
 
 from ..checkpoint.export import save_expanded
-from ..checkpoint.load import load_resnet, load_strictly, read_checkpoint
+from ..checkpoint.load import load_strictly, read_checkpoint
 from ..checkpoint.training import TrainingCheckpointer
 from ..data.loader import build_joint_train_loader, start_at
 from ..modeling import XLearner
 from ..modeling.heads import class_counts
 from ..modeling.weighting import weigh_losses, weights_of
+from .branches import initialise_branches
 from .checkpoints import Checkpoints
 from .evaluate import SourceResults, evaluate_sources
 from .failure import stop_at_failure
@@ -131,19 +132,6 @@ def build_loader(plan: Plan, stage: str, *, seed_offset: int = 0) -> DataLoader[
     )
 
 
-def initialise_branches(model: XLearner, weights: str) -> None:
-    """Start from ``MODEL.WEIGHTS``: an expanded checkpoint as a whole, or any ResNet in every branch."""
-    if not weights:
-        return
-    checkpoint = read_checkpoint(weights)
-    if "xlearner" in checkpoint and "tasks" in checkpoint["xlearner"]:
-        report = load_strictly(model, checkpoint["model"], path=weights)
-        logger.info(f"Starting from the expanded model {weights}: {report}.")
-        return
-    for name, branch in model.backbone.branches.items():
-        logger.info(f"Starting branch {name} from {weights}: {load_resnet(branch, weights)}.")
-
-
 def resume(trainer: TrainerBase, checkpointer: TrainingCheckpointer, *, wanted: bool) -> int:
     """Load the last whole checkpoint when it is wanted and there is one; return the step to start with."""
     found = checkpointer.load_last() if wanted else None
@@ -182,9 +170,9 @@ def expand(plan: Plan, *, resume_run: bool) -> XLearner:
         load_strictly(model, read_checkpoint(path)["model"], path=path)
         return model
     if plan.growth is None:
-        initialise_branches(model, cfg.MODEL.WEIGHTS)
+        initialise_branches(model, cfg, plan.branches)
     else:
-        logger.info(f"Extending {plan.growth.path}: {grow(model, cfg, plan.growth)}")
+        logger.info(f"Extending {plan.growth.path}: {grow(model, cfg, plan.growth, plan.branches)}")
     loader = build_loader(plan, "expand")
     latest = LatestBatch(loader)
     weighed = weigh(plan, model, "expand")

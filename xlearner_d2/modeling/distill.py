@@ -9,11 +9,11 @@ from typing import cast
 
 import torch
 from detectron2.layers import Conv2d, ShapeSpec, get_norm
-from detectron2.modeling.backbone.resnet import ResNet
 from detectron2.utils import comm
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from .branches import Branch
 from .expanded import inference_mode_norm
 from .xlearner import ImageGroup, SourceBatches, XLearner
 
@@ -185,7 +185,7 @@ class Distiller(nn.Module):
     stay as they are even while it is being trained itself.
 
     Args:
-        student: the plain ResNet that will be exported.
+        student: the plain network that will be exported.
         teacher: the expanded model.
         stage_weights: by stage, the weight of its hints.
         normaliser: a key of ``NORMALISERS``.
@@ -200,7 +200,7 @@ class Distiller(nn.Module):
     def __init__(
         self,
         *,
-        student: ResNet,
+        student: Branch,
         teacher: XLearner,
         stage_weights: Mapping[str, float],
         normaliser: str = "standardise",

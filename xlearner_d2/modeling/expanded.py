@@ -1,4 +1,4 @@
-"""The expanded backbone: one ResNet branch per task, joined by reconciliation layers, and views of its branches."""
+"""The expanded backbone: one branch per task, joined by reconciliation layers, and views of its branches."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -9,15 +9,15 @@ import torch
 from detectron2.config import CfgNode
 from detectron2.layers import ShapeSpec
 from detectron2.modeling import Backbone
-from detectron2.modeling.backbone.resnet import ResNet, build_resnet_backbone
 from torch import Tensor, nn
 
 from ..specs import ConfigError, TaskSpec
+from .branches import Branch, branch_config, build_branch, compile_stages
 from .reconciliation import Features, Reconciliation
+from .timm_backbone import STAGES as STAGES
 
 #: Name of the one branch of SHARING "shared".
 TRUNK = "trunk"
-STAGES = ("res2", "res3", "res4", "res5")
 
 
 @contextmanager
@@ -33,7 +33,7 @@ def inference_mode_norm(module: nn.Module) -> Iterator[None]:
             child.training = True
 
 
-def _truncate(branch: ResNet, deepest: str) -> None:
+def _truncate(branch: Branch, deepest: str) -> None:
     """Drop the stages after ``deepest``."""
     for name in branch.stage_names:
         if name > deepest:
@@ -64,7 +64,7 @@ class ExpandedBackbone(nn.Module):
     features of the others.
 
     Args:
-        branches: one plain ResNet per branch.
+        branches: one plain network per branch.
         branch_of: the branch of each task; several tasks may name one branch (SHARING "shared").
         reconciliation: layers into a branch, by branch name; a branch without an entry receives nothing.
         detach: the others compute without gradient (SHARING "detached"), so a source's loss moves its own branch only.
@@ -74,7 +74,7 @@ class ExpandedBackbone(nn.Module):
     def __init__(
         self,
         *,
-        branches: Mapping[str, ResNet],
+        branches: Mapping[str, Branch],
         branch_of: Mapping[str, str],
         reconciliation: Mapping[str, Reconciliation],
         detach: bool = True,
@@ -93,7 +93,7 @@ class ExpandedBackbone(nn.Module):
     def tasks(self) -> tuple[str, ...]:
         return tuple(self.branch_of)
 
-    def branch(self, name: str) -> ResNet:
+    def branch(self, name: str) -> Branch:
         """The branch of that name."""
         return self.branches[name]
 
@@ -223,31 +223,7 @@ class BranchView(Backbone):
         return {name: features[name] for name in self._out_features}
 
 
-def build_branch(cfg: CfgNode, *, out_features: Sequence[str], res5_dilation: int = 1) -> ResNet:
-    """A plain ResNet as ``cfg.MODEL.RESNETS`` describes it, with every stage up to the deepest one asked for."""
-    cfg = cfg.clone()
-    cfg.defrost()
-    cfg.MODEL.RESNETS.RES5_DILATION = res5_dilation
-    deepest = max(out_features)
-    cfg.MODEL.RESNETS.OUT_FEATURES = [stage for stage in STAGES if stage <= deepest]
-    return build_resnet_backbone(cfg, ShapeSpec(channels=len(cfg.MODEL.PIXEL_MEAN)))
-
-
-def compile_stages(branch: ResNet, *, backend: str) -> None:
-    """Compile the stem and each stage, as an expanded model calls them one by one; the names of weights stay.
-
-    Args:
-        backend: a name that ``torch.compiler.list_backends(exclude_tags=())`` knows.
-    """
-    # A graph for each stage, with gradient and without, and for each image size that is met; beyond the limit, which is
-    # 8 otherwise, torch goes back to running them as they are.
-    config = torch._dynamo.config
-    config.recompile_limit = max(config.recompile_limit, 128)
-    for part in (branch.stem, *branch.stages):
-        part.compile(backend=backend)
-
-
-def _check_strides(stages: Sequence[str], branches: Mapping[str, ResNet]) -> None:
+def _check_strides(stages: Sequence[str], branches: Mapping[str, Branch]) -> None:
     """Features can be brought to a larger stride, but not to a smaller one, as that of a dilated res5."""
     shapes = {name: branch.output_shape() for name, branch in branches.items()}
     problems = [
@@ -262,7 +238,7 @@ def _check_strides(stages: Sequence[str], branches: Mapping[str, ResNet]) -> Non
         raise ConfigError(problems)
 
 
-def _build_reconciliation(cfg: CfgNode, branches: Mapping[str, ResNet]) -> dict[str, Reconciliation]:
+def _build_reconciliation(cfg: CfgNode, branches: Mapping[str, Branch]) -> dict[str, Reconciliation]:
     norm = cfg.MODEL.RESNETS.NORM
     _check_strides(cfg.XLEARNER.RECONCILIATION.STAGES, branches)
     return {
@@ -288,7 +264,9 @@ def build_expanded_backbone(cfg: CfgNode, tasks: Sequence[TaskSpec]) -> Expanded
         branch_of = {task.name: TRUNK for task in tasks}
     else:
         branches = {
-            task.name: build_branch(cfg, out_features=task.out_features, res5_dilation=task.res5_dilation)
+            task.name: build_branch(
+                branch_config(cfg, task.name), out_features=task.out_features, res5_dilation=task.res5_dilation
+            )
             for task in tasks
         }
         branch_of = {task.name: task.name for task in tasks}

@@ -20,7 +20,9 @@ from ..extensions import add_imported_configs
 from ..labels import PanopticLabels
 from ..specs import ConfigError, SourceSpec, TaskSpec
 from .adapt import adapt
+from .branches import Branch, branch_config
 from .expanded import STAGES, BranchView, ExpandedBackbone
+from .timm_backbone import TIMM_BUILDERS, TimmBackbone
 
 #: What a branch is made of; a head's config follows the project's config in these.
 ARCHITECTURE_KEYS = (
@@ -113,7 +115,7 @@ def head_config(source: SourceSpec, cfg: CfgNode, *, where: str = "") -> CfgNode
     try:
         add_imported_configs(head, cfg.XLEARNER.IMPORTS)
         head.merge_from_file(path, allow_unsafe=True)  # checked above
-        _follow(head, cfg, f"{where} ({source.config})")
+        _follow(head, branch_config(cfg, source.task), f"{where} ({source.config})")
         if source.data_sets:
             _set_classes(head, source, where)
         head.merge_from_list(list(source.opts))
@@ -140,6 +142,7 @@ def _follow(head: CfgNode, cfg: CfgNode, where: str) -> None:
         log_first_n(logging.WARNING, f"{where}: {text}; {wish}.", key="message")
     for key in ARCHITECTURE_KEYS:
         head.MODEL.RESNETS[key] = cfg.MODEL.RESNETS[key]
+    head.MODEL.BACKBONE.TIMM = cfg.MODEL.BACKBONE.TIMM
     head.MODEL.PIXEL_MEAN, head.MODEL.PIXEL_STD = cfg.MODEL.PIXEL_MEAN, cfg.MODEL.PIXEL_STD
     head.INPUT.FORMAT = cfg.INPUT.FORMAT
     head.MODEL.DEVICE = cfg.MODEL.DEVICE
@@ -206,10 +209,31 @@ def _check_supported(head: CfgNode, where: str) -> None:
             f"{where} wants a dilated res4 (MODEL.RESNETS.RES4_DILATION {res4}, RES5_DILATION {res5}), but res4 of a "
             "branch has stride 16. Set RES4_DILATION to 1 and RES5_DILATION to 1 or 2 in the OPTS of the source."
         )
-    if problems:
-        raise ConfigError(problems)
     if head.MODEL.BACKBONE.NAME in RESNET_VARIANTS:
         head.MODEL.BACKBONE.NAME = "build_resnet_backbone"
+    if head.MODEL.BACKBONE.TIMM:
+        problems += _stand_on_timm(head, where)
+    if problems:
+        raise ConfigError(problems)
+
+
+def _stand_on_timm(head: CfgNode, where: str) -> list[str]:
+    """Name the backbone that is built as the head's own, but around a network of timm; problems if there is none."""
+    name, network = head.MODEL.BACKBONE.NAME, head.MODEL.BACKBONE.TIMM
+    hint = "give its task a ResNet with XLEARNER.BRANCHES.<task>.DEPTH"
+    if name not in TIMM_BUILDERS:
+        known = ", ".join(TIMM_BUILDERS)
+        return [
+            f"{where} has MODEL.BACKBONE.NAME {name!r}, but on {network} of timm one of {known} is expected; {hint}."
+        ]
+    head.MODEL.BACKBONE.NAME = TIMM_BUILDERS[name]
+    if head.MODEL.ROI_HEADS.NAME in ("Res5ROIHeads", "PointRendROIHeadsC4") and _is_two_stage(head):
+        return [f"{where} has res5 of a ResNet in its head (MODEL.ROI_HEADS.NAME), which {network} has not; {hint}."]
+    return []
+
+
+def _is_two_stage(head: CfgNode) -> bool:
+    return head.MODEL.META_ARCHITECTURE in ("GeneralizedRCNN", "PanopticFPN")
 
 
 def class_counts(head: CfgNode) -> list[Any]:
@@ -255,13 +279,13 @@ def _reads_res5(head: CfgNode) -> bool:
     return "res5" in head.MODEL.RESNETS.OUT_FEATURES
 
 
-def find_resnet(model: nn.Module, source: SourceSpec) -> tuple[nn.Module, str, ResNet]:
-    """(parent, attribute, ResNet) of the one ResNet of a head's model."""
+def find_resnet(model: nn.Module, source: SourceSpec) -> tuple[nn.Module, str, Branch]:
+    """(parent, attribute, network) of the one ResNet, or network of timm, of a head's model."""
     found = [
         (parent, name, child)
         for parent in model.modules()
         for name, child in parent.named_children()
-        if isinstance(child, ResNet)
+        if isinstance(child, ResNet | TimmBackbone)
     ]
     if len(found) != 1:
         message = f"{source.config} has {len(found)} ResNets, but exactly one is needed to be replaced by a branch."

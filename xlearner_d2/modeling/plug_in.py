@@ -13,13 +13,14 @@ import yaml
 from detectron2.config import CfgNode, get_cfg
 from detectron2.layers import FrozenBatchNorm2d, ShapeSpec
 from detectron2.modeling import BACKBONE_REGISTRY, FPN, Backbone
-from detectron2.modeling.backbone.fpn import LastLevelMaxPool, LastLevelP6P7
 from torch import Tensor
 
 from ..checkpoint.load import load_strictly, read_checkpoint
 from ..config import add_xlearner_config
 from ..specs import ConfigError, TaskSpec, nearest
+from .branches import freeze_norm
 from .expanded import STAGES, ExpandedBackbone, build_expanded_backbone
+from .necks import make_fpn, make_retinanet_fpn
 
 
 class ExpandedBranch(Backbone):
@@ -59,8 +60,13 @@ class ExpandedBranch(Backbone):
                 reconcile.freeze(stage)
         if freeze_at > len(STAGES):  # all is frozen that listens, so nothing trains the auxiliary branches either
             self.requires_grad_(False)
-            FrozenBatchNorm2d.convert_frozen_batchnorm(self)
+            self.freeze_norm()
         return self
+
+    def freeze_norm(self) -> None:
+        """Turn all BN into frozen BN."""
+        freeze_norm(self)
+        FrozenBatchNorm2d.convert_frozen_batchnorm(self.backbone.reconciliation)
 
 
 def load_expanded_backbone(path: str) -> ExpandedBackbone:
@@ -77,6 +83,8 @@ def load_expanded_backbone(path: str) -> ExpandedBackbone:
     add_xlearner_config(cfg)
     cfg.MODEL.PIXEL_MEAN = stored["MODEL"]["PIXEL_MEAN"]
     cfg.MODEL.BACKBONE.FREEZE_AT = 0
+    cfg.MODEL.BACKBONE.TIMM = stored["MODEL"]["BACKBONE"].get("TIMM", "")  # files of before have none
+    cfg.XLEARNER.BRANCHES = CfgNode(stored["XLEARNER"].get("BRANCHES", {}))
     cfg.MODEL.RESNETS.merge_from_other_cfg(CfgNode(stored["MODEL"]["RESNETS"]))
     for key in ("SHARING", "RECONCILIATION", "CHANNELS_LAST"):
         cfg.XLEARNER.merge_from_other_cfg(CfgNode({key: stored["XLEARNER"][key]}))
@@ -119,30 +127,17 @@ def build_xlearner_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> ExpandedBra
     branch = expanded_branch(options.WEIGHTS, options.TASK, out_features=features, where=where)
     branch.freeze(cfg.MODEL.BACKBONE.FREEZE_AT)
     if cfg.MODEL.RESNETS.NORM == "FrozenBN":
-        FrozenBatchNorm2d.convert_frozen_batchnorm(branch)
+        branch.freeze_norm()
     return branch
-
-
-def _fpn(cfg: CfgNode, bottom_up: Backbone, top_block: Any) -> FPN:
-    return FPN(
-        bottom_up=bottom_up,
-        in_features=cfg.MODEL.FPN.IN_FEATURES,
-        out_channels=cfg.MODEL.FPN.OUT_CHANNELS,
-        norm=cfg.MODEL.FPN.NORM,
-        top_block=top_block,
-        fuse_type=cfg.MODEL.FPN.FUSE_TYPE,
-    )
 
 
 @BACKBONE_REGISTRY.register()
 def build_xlearner_fpn_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> FPN:
     """An FPN over the branch, where ``build_resnet_fpn_backbone`` would stand."""
-    return _fpn(cfg, build_xlearner_backbone(cfg, input_shape), LastLevelMaxPool())
+    return make_fpn(cfg, build_xlearner_backbone(cfg, input_shape))
 
 
 @BACKBONE_REGISTRY.register()
 def build_xlearner_retinanet_fpn_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> FPN:
     """An FPN with P6 and P7 over the branch, where ``build_retinanet_resnet_fpn_backbone`` would stand."""
-    bottom_up = build_xlearner_backbone(cfg, input_shape)
-    channels = bottom_up.output_shape()["res5"].channels
-    return _fpn(cfg, bottom_up, LastLevelP6P7(channels, cfg.MODEL.FPN.OUT_CHANNELS))
+    return make_retinanet_fpn(cfg, build_xlearner_backbone(cfg, input_shape))

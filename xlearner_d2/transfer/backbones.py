@@ -10,10 +10,11 @@ import torch
 from detectron2.config import CfgNode
 from detectron2.layers import ShapeSpec
 from detectron2.modeling import Backbone
-from detectron2.modeling.backbone.resnet import ResNet
 
 from ..checkpoint.load import load_resnet
-from ..modeling.expanded import STAGES, build_branch
+from ..checkpoint.pixels import PixelConvention
+from ..modeling.branches import Branch, build_branch
+from ..modeling.expanded import STAGES
 from ..modeling.plug_in import expanded_branch
 from ..specs import ConfigError
 
@@ -103,7 +104,7 @@ def check_backbones(backbones: Sequence[BackboneSpec], seeds: Sequence[int], cfg
         raise ConfigError(problems, what="The command line")
 
 
-def _loading_problems(backbone: BackboneSpec, cfg: CfgNode, seed: int, resnet: ResNet) -> list[str]:
+def _loading_problems(backbone: BackboneSpec, cfg: CfgNode, seed: int, resnet: Branch) -> list[str]:
     try:
         load_backbone(backbone, cfg, seed=seed, resnet=resnet)
     except ConfigError as error:
@@ -122,7 +123,7 @@ def fingerprint(backbone: BackboneSpec, seed: int) -> str:
     return digest.hexdigest()
 
 
-def load_backbone(backbone: BackboneSpec, cfg: CfgNode, *, seed: int, resnet: ResNet | None = None) -> Backbone:
+def load_backbone(backbone: BackboneSpec, cfg: CfgNode, *, seed: int, resnet: Branch | None = None) -> Backbone:
     """The backbone with its weights loaded.
 
     Args:
@@ -152,7 +153,7 @@ def load_backbone(backbone: BackboneSpec, cfg: CfgNode, *, seed: int, resnet: Re
         resnet.load_state_dict({name: state[name] for name in resnet.state_dict()})
         return resnet
     resnet = resnet or build_branch(cfg, out_features=STAGES).to(cfg.MODEL.DEVICE)
-    load_resnet(resnet, path)
+    load_resnet(resnet, path, pixels=PixelConvention.of(cfg))
     return resnet
 
 

@@ -1,0 +1,186 @@
+"""The networks of branches and student: whether they can be built and fit their files, and what they start from."""
+
+import logging
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+
+import torch
+from detectron2.config import CfgNode
+
+from ..checkpoint.load import check_resnet, load_resnet, load_strictly, read_checkpoint
+from ..checkpoint.pixels import PixelConvention
+from ..modeling import XLearner
+from ..modeling.branches import DEPTHS, Branch, BranchSpec, branch_config, build_branch, network_name, with_network
+from ..modeling.expanded import STAGES, build_expanded_backbone
+from ..modeling.timm_backbone import timm_problem
+from ..specs import ConfigError, TaskSpec, nearest
+
+logger = logging.getLogger(__name__)
+
+#: A start that is no file.
+RANDOM = "random"
+
+
+def student_config(cfg: CfgNode) -> CfgNode:
+    """The project's config with the student's network in ``MODEL``, whatever the branches are."""
+    squeeze = cfg.XLEARNER.SQUEEZE
+    cfg = with_network(cfg, timm=squeeze.TIMM, depth=squeeze.DEPTH)
+    cfg.XLEARNER.BRANCHES = CfgNode(new_allowed=True)
+    cfg.MODEL.RESNETS.OUT_FEATURES = list(STAGES)
+    return cfg
+
+
+def check_networks(cfg: CfgNode, specs: Sequence[BranchSpec]) -> list[str]:
+    """Problems of the settings that say what branches and student are."""
+    squeeze = cfg.XLEARNER.SQUEEZE
+    problems = _network_problems("MODEL.BACKBONE", cfg.MODEL.BACKBONE.TIMM, 0)
+    problems += _network_problems("XLEARNER.SQUEEZE", squeeze.TIMM, squeeze.DEPTH)
+    for spec in specs:
+        where = f"XLEARNER.BRANCHES.{spec.name}"
+        problems += _network_problems(where, spec.timm, spec.depth)
+        if not _is_start(spec.weights):
+            problems.append(f"{where}.WEIGHTS is {spec.weights!r}, but a file or {RANDOM!r} is expected.")
+    if specs and cfg.XLEARNER.SHARING == "shared":
+        problems.append(
+            "XLEARNER.BRANCHES says what branches are, but with XLEARNER.SHARING 'shared' there is one trunk."
+        )
+    return problems
+
+
+def _network_problems(where: str, timm: str, depth: int) -> list[str]:
+    problems = []
+    if depth not in (0, *DEPTHS):
+        known = ", ".join(map(str, DEPTHS[:-1]))
+        problems.append(f"{where}.DEPTH is {depth}, but 0, {known} or {DEPTHS[-1]} is expected.")
+    if timm and depth:
+        problems.append(f"{where} has TIMM {timm!r} and DEPTH {depth}, but one of them is expected.")
+    problem = timm_problem(timm) if timm else ""
+    return [*problems, *([f"{where}.TIMM is {timm!r}: {problem}"] if problem else [])]
+
+
+def _is_start(weights: str) -> bool:
+    return weights in ("", RANDOM) or "://" in weights or Path(weights).is_file()
+
+
+def check_branches(
+    cfg: CfgNode, specs: Sequence[BranchSpec], tasks: Sequence[TaskSpec], old: Sequence[str]
+) -> list[str]:
+    """Problems of networks with their tasks and with the files that they start from; nothing is built in memory.
+
+    Args:
+        old: tasks that ``XLEARNER.EXTEND`` has.
+    """
+    names = [task.name for task in tasks]
+    problems = []
+    for spec in specs:
+        if spec.name not in names:
+            problems.append(f"XLEARNER.BRANCHES names {spec.name!r}, which is no task.{nearest(spec.name, names)}")
+        elif spec.name in old and spec.weights:
+            wish = "starts as XLEARNER.EXTEND has it"
+            problems.append(f"XLEARNER.BRANCHES.{spec.name}.WEIGHTS is {spec.weights!r}, but that branch {wish}.")
+    found = [*_unbuildable(cfg, tasks)]
+    if problems or found:
+        return problems + found
+    with torch.device("meta"):
+        branches = build_expanded_backbone(cfg, tasks).branches
+    starts = {name: start_of(cfg, specs, name) for name in branches if name not in old}
+    for name, (setting, path) in starts.items():
+        problems += _misfit(branches[name], setting, path)
+    return problems + _check_student(cfg, tasks, branches)
+
+
+def _unbuildable(cfg: CfgNode, tasks: Sequence[TaskSpec]) -> Iterator[str]:
+    """Why a network cannot be built, tried without memory: Detectron2 and torch refuse with assertions of their own."""
+    own = [] if cfg.XLEARNER.SHARING == "shared" else tasks
+    networks = {
+        f"The branch of task {task.name!r}": (branch_config(cfg, task.name), task.res5_dilation) for task in own
+    }
+    networks["The student"] = (student_config(cfg), max(task.res5_dilation for task in tasks))
+    failed = False
+    for what, (config, dilation) in networks.items():
+        try:
+            _on_meta(config, dilation)
+        except (AssertionError, KeyError, ValueError) as error:
+            failed = True
+            yield f"{what}, {network_name(config)}, cannot be built: {error or repr(error)} See MODEL.RESNETS."
+    if failed:
+        return
+    try:
+        with torch.device("meta"):
+            build_expanded_backbone(cfg, tasks)
+    except ConfigError as error:
+        yield from error.problems
+    except ValueError as error:
+        norm = cfg.MODEL.RESNETS.NORM
+        yield f"Reconciliation layers with MODEL.RESNETS.NORM {norm!r} do not fit these branches: {error}."
+
+
+def _on_meta(cfg: CfgNode, dilation: int, out_features: Sequence[str] = STAGES) -> Branch:
+    with torch.device("meta"):
+        return build_branch(cfg, out_features=out_features, res5_dilation=dilation)
+
+
+def start_of(cfg: CfgNode, specs: Sequence[BranchSpec], name: str) -> tuple[str, str]:
+    """The setting that says what a branch starts from, and its value: a file, a task of EXTEND, random or nothing."""
+    own = next((spec.weights for spec in specs if spec.name == name), "")
+    if own:
+        return f"XLEARNER.BRANCHES.{name}.WEIGHTS", own
+    if cfg.XLEARNER.EXTEND:
+        return "XLEARNER.EXTEND_INIT", cfg.XLEARNER.EXTEND_INIT
+    return "MODEL.WEIGHTS", cfg.MODEL.WEIGHTS
+
+
+def _misfit(network: torch.nn.Module, setting: str, path: str) -> list[str]:
+    """Why a file on disk cannot start a network; files from elsewhere are not fetched for this."""
+    if path in ("", RANDOM) or not Path(path).is_file():
+        return []
+    try:
+        if setting == "MODEL.WEIGHTS" and is_expanded(path):
+            return []
+        check_resnet(network, path)
+    except ConfigError as error:
+        return [f"{setting}: {error}"]
+    return []
+
+
+def is_expanded(path: str) -> bool:
+    """Whether a checkpoint is that of an expanded model."""
+    return "tasks" in read_checkpoint(path).get("xlearner", {})
+
+
+def _check_student(cfg: CfgNode, tasks: Sequence[TaskSpec], branches: Mapping[str, Branch]) -> list[str]:
+    """Found now, as the student is built after hours of expansion."""
+    start, names = cfg.XLEARNER.SQUEEZE.INIT, [task.name for task in tasks]
+    if start not in names and not _is_start(start):
+        return [f"XLEARNER.SQUEEZE.INIT is {start!r}, no task and no file.{nearest(start, [*names, RANDOM])}"]
+    features = sorted({stage for branch in branches.values() for stage in branch.output_shape()})
+    student = _on_meta(student_config(cfg), max(task.res5_dilation for task in tasks), features)
+    if start not in names:
+        return _misfit(student, "XLEARNER.SQUEEZE.INIT", start)
+    branch = branches[start] if start in branches else next(iter(branches.values()))
+    if shapes(branch) == shapes(student):
+        return []
+    got = f"{network_name(student_config(cfg))} with {', '.join(student.stage_names)}"
+    has = f"{network_name(branch_config(cfg, start))} with {', '.join(branch.stage_names)}"
+    return [
+        f"XLEARNER.SQUEEZE.INIT is {start!r}, but the student is {got}, and that branch is {has}: set it to random."
+    ]
+
+
+def shapes(network: torch.nn.Module) -> dict[str, torch.Size]:
+    """By name, the shapes of a network's tensors: alike for networks that can hold each other's weights."""
+    return {name: value.shape for name, value in network.state_dict().items()}
+
+
+def initialise_branches(model: XLearner, cfg: CfgNode, specs: Sequence[BranchSpec]) -> None:
+    """Start from ``MODEL.WEIGHTS``, an expanded checkpoint as a whole or one file for all branches, or each its own."""
+    weights = cfg.MODEL.WEIGHTS
+    whole = bool(weights) and is_expanded(weights)
+    if whole:
+        report = load_strictly(model, read_checkpoint(weights)["model"], path=weights)
+        logger.info(f"Starting from the expanded model {weights}: {report}.")
+    for name, branch in model.backbone.branches.items():
+        setting, path = start_of(cfg, specs, name)
+        if path not in ("", RANDOM) and not (whole and setting == "MODEL.WEIGHTS"):
+            report = load_resnet(branch, path, pixels=PixelConvention.of(cfg))
+            logger.info(f"Starting branch {name} from {path}: {report}.")

@@ -1,0 +1,117 @@
+"""What one branch is made of: Detectron2's ResNet or a network of timm, as the config says for its task."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from detectron2.config import CfgNode
+from detectron2.layers import FrozenBatchNorm2d, ShapeSpec
+from detectron2.modeling.backbone.resnet import ResNet, build_resnet_backbone
+from timm.utils.model import freeze_batch_norm_2d
+from torch import nn
+
+from ..specs import parse_record
+from .timm_backbone import STAGES, TimmBackbone, build_timm_backbone
+
+#: A network that is run stage by stage.
+Branch = ResNet | TimmBackbone
+#: What Detectron2's ResNet may be deep.
+DEPTHS = (18, 34, 50, 101, 152)
+
+
+@dataclass(frozen=True, kw_only=True)
+class BranchSpec:
+    """What is special about the branch of one task.
+
+    Attributes:
+        name: the task.
+        timm: its network, instead of MODEL.BACKBONE.TIMM.
+        depth: 18, 34, 50, 101 or 152, of a ResNet that is otherwise as MODEL.RESNETS says.
+        weights: what it starts from, instead of MODEL.WEIGHTS or XLEARNER.EXTEND_INIT: a file of such a network, or
+            random.
+    """
+
+    name: str
+    timm: str = ""
+    depth: int = 0
+    weights: str = ""
+
+
+def parse_branches(records: Mapping[str, Any], problems: list[str]) -> list[BranchSpec]:
+    """Parse ``XLEARNER.BRANCHES``; a null record is skipped, so that a derived config can drop one."""
+    found = [
+        parse_record(BranchSpec, name, record, f"XLEARNER.BRANCHES.{name}", problems)
+        for name, record in records.items()
+        if record is not None
+    ]
+    return [spec for spec in found if spec is not None]
+
+
+def branch_config(cfg: CfgNode, task: str) -> CfgNode:
+    """The project's config with the network of a task's branch in ``MODEL``."""
+    record = cfg.XLEARNER.BRANCHES.get(task) or {}
+    return with_network(cfg, timm=record.get("TIMM", ""), depth=record.get("DEPTH", 0))
+
+
+def with_network(cfg: CfgNode, *, timm: str, depth: int) -> CfgNode:
+    """The config with a network of timm, or a ResNet of that depth; as it is where neither is given."""
+    cfg = cfg.clone()
+    cfg.defrost()
+    if timm:
+        cfg.MODEL.BACKBONE.TIMM = timm
+    if depth:
+        resnets = cfg.MODEL.RESNETS
+        cfg.MODEL.BACKBONE.TIMM = ""
+        if depth < 50:  # Detectron2's basic blocks have no other widths
+            resnets.RES2_OUT_CHANNELS, resnets.NUM_GROUPS = 64, 1
+        elif resnets.DEPTH < 50:
+            resnets.RES2_OUT_CHANNELS = 256
+        resnets.DEPTH = depth
+    return cfg
+
+
+def network_name(cfg: CfgNode) -> str:
+    """What ``MODEL`` describes, in words."""
+    resnets = cfg.MODEL.RESNETS
+    if cfg.MODEL.BACKBONE.TIMM:
+        return str(cfg.MODEL.BACKBONE.TIMM)
+    if resnets.NUM_GROUPS > 1:
+        return f"ResNeXt-{resnets.DEPTH} {resnets.NUM_GROUPS}x{resnets.WIDTH_PER_GROUP}d"
+    return f"ResNet-{resnets.DEPTH}"
+
+
+def build_branch(cfg: CfgNode, *, out_features: Sequence[str], res5_dilation: int = 1) -> Branch:
+    """The network that ``cfg.MODEL`` describes, with every stage up to the deepest one asked for."""
+    cfg = cfg.clone()
+    cfg.defrost()
+    cfg.MODEL.RESNETS.RES5_DILATION = res5_dilation
+    deepest = max(out_features)
+    cfg.MODEL.RESNETS.OUT_FEATURES = [stage for stage in STAGES if stage <= deepest]
+    build = build_timm_backbone if cfg.MODEL.BACKBONE.TIMM else build_resnet_backbone
+    return build(cfg, ShapeSpec(channels=len(cfg.MODEL.PIXEL_MEAN)))
+
+
+def compile_stages(branch: Branch, *, backend: str) -> None:
+    """Compile the stem and each stage, as an expanded model calls them one by one; the names of weights stay.
+
+    Args:
+        backend: a name that ``torch.compiler.list_backends(exclude_tags=())`` knows.
+    """
+    # A graph for each stage, with gradient and without, and for each image size that is met; beyond the limit, which is
+    # 8 otherwise, torch goes back to running them as they are.
+    config = torch._dynamo.config
+    config.recompile_limit = max(config.recompile_limit, 128)
+    for part in (branch.stem, *branch.stages):
+        part.compile(backend=backend)  # type: ignore[operator, union-attr]
+
+
+def freeze_norm(module: nn.Module) -> None:
+    """Turn the BN in a module's parts into frozen BN; that of timm may hold an activation, which stays."""
+    for child in module.children():
+        if isinstance(child, TimmBackbone):
+            freeze_batch_norm_2d(child)
+        elif isinstance(child, ResNet):
+            FrozenBatchNorm2d.convert_frozen_batchnorm(child)
+        else:
+            freeze_norm(child)
