@@ -165,7 +165,7 @@ def test_squeeze_trains_every_parameter_and_the_file_is_the_student(
     assert equal(taught, state_of(teacher))
     torch.optim.SGD(distiller.parameters(), lr=0.01).step()
     export_student(network, cfg, tmp_path / "student.pth")
-    again = build_branch(cfg, out_features=STAGES).eval()
+    again = build_branch(cfg, out_features=STAGES).eval().to(memory_format=torch.channels_last)  # as the teacher
     report = load_resnet(again, tmp_path / "student.pth")
     assert (report.unexpected, report.reshaped, report.converted) == ((), (), ())
     assert equal(again(images()), network.eval()(images()))
