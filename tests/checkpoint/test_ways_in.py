@@ -242,7 +242,7 @@ def test_a_file_of_another_network(tmp_path: Path) -> None:
 
 def test_a_file_of_another_size(tmp_path: Path) -> None:
     path = save(tmp_path / "x.safetensors", timm.create_model("test_convnext2").state_dict())
-    with pytest.raises(ConfigError, match=r"does not fit MODEL\.BACKBONE\.TIMM; it has .*\n.*has shape"):
+    with pytest.raises(ConfigError, match=r"does not fit MODEL\.BACKBONE\.TIMM; it has 10 .*\n.*gamma is missing"):
         load_resnet(TimmBackbone(name="test_convnext", out_features=STAGES), path)
 
 

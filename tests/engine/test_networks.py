@@ -85,7 +85,7 @@ def test_a_task_of_another_network_grows(project: Project, tmp_path: Path) -> No
     with pytest.raises(ConfigError, match=r"detection\.WEIGHTS is .* starts as XLEARNER\.EXTEND has it"):
         plan_of(project, *extend, *new, of_task("detection", "WEIGHTS"), file)
     text = project.dry_run(*extend, *new)
-    assert "Branch segmentation starts at random, as branch classification is another network." in text
+    assert "Branch segmentation starts at random, as branch detection is another network." in text
 
 
 def test_random_overrides_the_file_of_all_branches(project: Project, tmp_path: Path) -> None:
@@ -109,6 +109,7 @@ REFUSED: dict[str, tuple[list[Any], str]] = {
         [STUDENT, CONVNEXT, "XLEARNER.SQUEEZE.DEPTH", 18],
         r"TIMM 'test_convnext' and DEPTH 18",
     ),
+    "unknown depth of all": (["MODEL.RESNETS.DEPTH", 51], r"MODEL\.RESNETS\.DEPTH is 51, but"),
     "unknown depth": (
         [of_task("detection", "DEPTH"), 51],
         r"BRANCHES\.detection\.DEPTH is 51, but 0, 18, 34, 50, 101 or",
@@ -123,9 +124,12 @@ REFUSED: dict[str, tuple[list[Any], str]] = {
     ),
     "file of another network for all": (
         [GLOBAL, EFFICIENTNET, "MODEL.WEIGHTS", FILE],
-        r"MODEL\.WEIGHTS: .*holds no test_e",
+        r"has 1 problem:\n.*MODEL\.WEIGHTS is .* no test_e",
     ),
-    "file of another network for the student": (["XLEARNER.SQUEEZE.INIT", FILE], r"SQUEEZE\.INIT: .* holds no ResNet"),
+    "file of another network for the student": (
+        ["XLEARNER.SQUEEZE.INIT", FILE],
+        r"SQUEEZE\.INIT is .* holds no ResNet",
+    ),
     "branch that the student cannot start as": (
         [STUDENT, CONVNEXT, "XLEARNER.SQUEEZE.INIT", "detection"],
         r"INIT is 'detection', but the student is test_convnext with .* is ResNet-50 with .*: set it to random",
@@ -144,7 +148,7 @@ REFUSED: dict[str, tuple[list[Any], str]] = {
     ),
     "dilated head on a network without dilations": (
         [GLOBAL, "pvt_v2_b0", "XLEARNER.SOURCES.boxes.CONFIG", "COCO-Detection/faster_rcnn_R_50_DC5_1x.yaml"],
-        r"task 'detection', pvt_v2_b0, cannot be built: timm cannot make it give features with a dilated res5",
+        r"task 'detection': MODEL\.BACKBONE\.TIMM is 'pvt_v2_b0': timm cannot make it .* with a dilated res5",
     ),
 }
 

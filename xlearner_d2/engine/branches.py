@@ -34,6 +34,7 @@ def check_networks(cfg: CfgNode, specs: Sequence[BranchSpec]) -> list[str]:
     """Problems of the settings that say what branches and student are."""
     squeeze = cfg.XLEARNER.SQUEEZE
     problems = _network_problems("MODEL.BACKBONE", cfg.MODEL.BACKBONE.TIMM, 0)
+    problems += _depth_problems("MODEL.RESNETS", cfg.MODEL.RESNETS.DEPTH, DEPTHS)
     problems += _network_problems("XLEARNER.SQUEEZE", squeeze.TIMM, squeeze.DEPTH)
     for spec in specs:
         where = f"XLEARNER.BRANCHES.{spec.name}"
@@ -47,11 +48,13 @@ def check_networks(cfg: CfgNode, specs: Sequence[BranchSpec]) -> list[str]:
     return problems
 
 
+def _depth_problems(where: str, depth: int, known: Sequence[int]) -> list[str]:
+    names = f"{', '.join(map(str, known[:-1]))} or {known[-1]}"
+    return [] if depth in known else [f"{where}.DEPTH is {depth}, but {names} is expected."]
+
+
 def _network_problems(where: str, timm: str, depth: int) -> list[str]:
-    problems = []
-    if depth not in (0, *DEPTHS):
-        known = ", ".join(map(str, DEPTHS[:-1]))
-        problems.append(f"{where}.DEPTH is {depth}, but 0, {known} or {DEPTHS[-1]} is expected.")
+    problems = _depth_problems(where, depth, (0, *DEPTHS))
     if timm and depth:
         problems.append(f"{where} has TIMM {timm!r} and DEPTH {depth}, but one of them is expected.")
     problem = timm_problem(timm) if timm else ""
@@ -86,7 +89,7 @@ def check_branches(
     starts = {name: start_of(cfg, specs, name) for name in branches if name not in old}
     for name, (setting, path) in starts.items():
         problems += _misfit(branches[name], setting, path)
-    return problems + _check_student(cfg, tasks, branches)
+    return [*dict.fromkeys(problems), *_check_student(cfg, tasks, branches)]
 
 
 def _unbuildable(cfg: CfgNode, tasks: Sequence[TaskSpec]) -> Iterator[str]:
@@ -100,9 +103,12 @@ def _unbuildable(cfg: CfgNode, tasks: Sequence[TaskSpec]) -> Iterator[str]:
     for what, (config, dilation) in networks.items():
         try:
             _on_meta(config, dilation)
-        except (AssertionError, KeyError, ValueError) as error:
+        except ConfigError as error:
             failed = True
-            yield f"{what}, {network_name(config)}, cannot be built: {error or repr(error)} See MODEL.RESNETS."
+            yield from (f"{what}: {problem}" for problem in error.problems)
+        except (AssertionError, ValueError) as error:
+            failed = True
+            yield f"{what}, {network_name(config)}, cannot be built: {error or repr(error)}. See MODEL.RESNETS."
     if failed:
         return
     try:
@@ -139,7 +145,9 @@ def _misfit(network: torch.nn.Module, setting: str, path: str) -> list[str]:
             return []
         check_resnet(network, path)
     except ConfigError as error:
-        return [f"{setting}: {error}"]
+        more = len(error.problems) - 1
+        rest = f" And {more} more." if more else ""
+        return [f"{setting} is {path!r}, which does not fit: {error.problems[0]}{rest}"]
     return []
 
 

@@ -13,9 +13,8 @@ from ..checkpoint.grow import belongs_to, load_grown
 from ..checkpoint.load import load_resnet, read_checkpoint
 from ..checkpoint.pixels import PixelConvention
 from ..modeling import XLearner
-from ..modeling.branches import BranchSpec, branch_config, network_name
+from ..modeling.branches import ARCHITECTURE_KEYS, BranchSpec, branch_config, network_name
 from ..modeling.expanded import STAGES, TRUNK
-from ..modeling.heads import ARCHITECTURE_KEYS
 from ..specs import ConfigError, TaskSpec, nearest
 from .branches import start_of
 

@@ -12,12 +12,29 @@ from timm.utils.model import freeze_batch_norm_2d
 from torch import nn
 
 from ..specs import parse_record
-from .timm_backbone import STAGES, TimmBackbone, build_timm_backbone
+from .timm_backbone import STAGES, TIMM_BUILDERS, TimmBackbone, build_timm_backbone
 
 #: A network that is run stage by stage.
 Branch = ResNet | TimmBackbone
 #: What Detectron2's ResNet may be deep.
 DEPTHS = (18, 34, 50, 101, 152)
+
+
+#: What a branch is made of; a head's config follows that of its branch in these.
+ARCHITECTURE_KEYS = (
+    "DEPTH",
+    "NUM_GROUPS",
+    "NORM",
+    "WIDTH_PER_GROUP",
+    "STRIDE_IN_1X1",
+    "STEM_OUT_CHANNELS",
+    "RES2_OUT_CHANNELS",
+    "DEFORM_ON_PER_STAGE",
+    "DEFORM_MODULATED",
+    "DEFORM_NUM_GROUPS",
+)
+#: ResNets that differ from a branch in their stem and in dilations within res5, which a branch has in its own way.
+RESNET_VARIANTS = ("build_resnet_deeplab_backbone",)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,6 +96,36 @@ def network_name(cfg: CfgNode) -> str:
     if resnets.NUM_GROUPS > 1:
         return f"ResNeXt-{resnets.DEPTH} {resnets.NUM_GROUPS}x{resnets.WIDTH_PER_GROUP}d"
     return f"ResNet-{resnets.DEPTH}"
+
+
+def follow_network(head: CfgNode, cfg: CfgNode) -> None:
+    """Describe in a head's config the network of its branch."""
+    for key in ARCHITECTURE_KEYS:
+        head.MODEL.RESNETS[key] = cfg.MODEL.RESNETS[key]
+    head.MODEL.BACKBONE.TIMM = cfg.MODEL.BACKBONE.TIMM
+
+
+def stand_on_branch(head: CfgNode, where: str) -> list[str]:
+    """Name a backbone that is built as the head's own, but around the network of its branch; problems if none is."""
+    if head.MODEL.BACKBONE.NAME in RESNET_VARIANTS:
+        head.MODEL.BACKBONE.NAME = "build_resnet_backbone"
+    name, network = head.MODEL.BACKBONE.NAME, head.MODEL.BACKBONE.TIMM
+    if not network:
+        return []
+    hint = "give its task a ResNet with XLEARNER.BRANCHES.<task>.DEPTH"
+    if name not in TIMM_BUILDERS:
+        known = ", ".join(TIMM_BUILDERS)
+        return [
+            f"{where} has MODEL.BACKBONE.NAME {name!r}, but on {network} of timm one of {known} is expected; {hint}."
+        ]
+    head.MODEL.BACKBONE.NAME = TIMM_BUILDERS[name]
+    if head.MODEL.ROI_HEADS.NAME in ("Res5ROIHeads", "PointRendROIHeadsC4") and _is_two_stage(head):
+        return [f"{where} has res5 of a ResNet in its head (MODEL.ROI_HEADS.NAME), which {network} has not; {hint}."]
+    return []
+
+
+def _is_two_stage(head: CfgNode) -> bool:
+    return head.MODEL.META_ARCHITECTURE in ("GeneralizedRCNN", "PanopticFPN")
 
 
 def build_branch(cfg: CfgNode, *, out_features: Sequence[str], res5_dilation: int = 1) -> Branch:

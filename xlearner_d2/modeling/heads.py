@@ -20,23 +20,10 @@ from ..extensions import add_imported_configs
 from ..labels import PanopticLabels
 from ..specs import ConfigError, SourceSpec, TaskSpec
 from .adapt import adapt
-from .branches import Branch, branch_config
+from .branches import Branch, branch_config, follow_network, stand_on_branch
 from .expanded import STAGES, BranchView, ExpandedBackbone
-from .timm_backbone import TIMM_BUILDERS, TimmBackbone
+from .timm_backbone import TimmBackbone
 
-#: What a branch is made of; a head's config follows the project's config in these.
-ARCHITECTURE_KEYS = (
-    "DEPTH",
-    "NUM_GROUPS",
-    "NORM",
-    "WIDTH_PER_GROUP",
-    "STRIDE_IN_1X1",
-    "STEM_OUT_CHANNELS",
-    "RES2_OUT_CHANNELS",
-    "DEFORM_ON_PER_STAGE",
-    "DEFORM_MODULATED",
-    "DEFORM_NUM_GROUPS",
-)
 #: Metadata that holds names -> settings that hold their number.
 CLASS_COUNTS = {
     "thing_classes": ("MODEL.ROI_HEADS.NUM_CLASSES", "MODEL.RETINANET.NUM_CLASSES"),
@@ -54,8 +41,6 @@ NEEDED_CLASSES = {
     "PanopticFPN": ("thing_classes", "stuff_classes"),
     "ImageClassifier": ("classes",),
 }
-#: ResNets that differ from a branch in their stem and in dilations within res5, which a branch has in its own way.
-RESNET_VARIANTS = ("build_resnet_deeplab_backbone",)
 #: Settings whose value needs Detectron2's compiled operators.
 _COMPILED = {
     "MODEL.PROPOSAL_GENERATOR.NAME": "RRPN",
@@ -140,9 +125,7 @@ def _follow(head: CfgNode, cfg: CfgNode, where: str) -> None:
         text = "its deformable convolutions belong to the ResNet that a branch replaces"
         wish = "set MODEL.RESNETS.DEFORM_ON_PER_STAGE in the project's own config for branches that have them"
         log_first_n(logging.WARNING, f"{where}: {text}; {wish}.", key="message")
-    for key in ARCHITECTURE_KEYS:
-        head.MODEL.RESNETS[key] = cfg.MODEL.RESNETS[key]
-    head.MODEL.BACKBONE.TIMM = cfg.MODEL.BACKBONE.TIMM
+    follow_network(head, cfg)
     head.MODEL.PIXEL_MEAN, head.MODEL.PIXEL_STD = cfg.MODEL.PIXEL_MEAN, cfg.MODEL.PIXEL_STD
     head.INPUT.FORMAT = cfg.INPUT.FORMAT
     head.MODEL.DEVICE = cfg.MODEL.DEVICE
@@ -209,31 +192,9 @@ def _check_supported(head: CfgNode, where: str) -> None:
             f"{where} wants a dilated res4 (MODEL.RESNETS.RES4_DILATION {res4}, RES5_DILATION {res5}), but res4 of a "
             "branch has stride 16. Set RES4_DILATION to 1 and RES5_DILATION to 1 or 2 in the OPTS of the source."
         )
-    if head.MODEL.BACKBONE.NAME in RESNET_VARIANTS:
-        head.MODEL.BACKBONE.NAME = "build_resnet_backbone"
-    if head.MODEL.BACKBONE.TIMM:
-        problems += _stand_on_timm(head, where)
+    problems += stand_on_branch(head, where)
     if problems:
         raise ConfigError(problems)
-
-
-def _stand_on_timm(head: CfgNode, where: str) -> list[str]:
-    """Name the backbone that is built as the head's own, but around a network of timm; problems if there is none."""
-    name, network = head.MODEL.BACKBONE.NAME, head.MODEL.BACKBONE.TIMM
-    hint = "give its task a ResNet with XLEARNER.BRANCHES.<task>.DEPTH"
-    if name not in TIMM_BUILDERS:
-        known = ", ".join(TIMM_BUILDERS)
-        return [
-            f"{where} has MODEL.BACKBONE.NAME {name!r}, but on {network} of timm one of {known} is expected; {hint}."
-        ]
-    head.MODEL.BACKBONE.NAME = TIMM_BUILDERS[name]
-    if head.MODEL.ROI_HEADS.NAME in ("Res5ROIHeads", "PointRendROIHeadsC4") and _is_two_stage(head):
-        return [f"{where} has res5 of a ResNet in its head (MODEL.ROI_HEADS.NAME), which {network} has not; {hint}."]
-    return []
-
-
-def _is_two_stage(head: CfgNode) -> bool:
-    return head.MODEL.META_ARCHITECTURE in ("GeneralizedRCNN", "PanopticFPN")
 
 
 def class_counts(head: CfgNode) -> list[Any]:

@@ -24,7 +24,7 @@ from timm.utils.model import freeze_batch_norm_2d
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..specs import nearest
+from ..specs import ConfigError, nearest
 from .necks import make_fpn, make_retinanet_fpn
 
 STAGES = ("res2", "res3", "res4", "res5")
@@ -184,14 +184,20 @@ def build_timm_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> TimmBackbone:
 
     ``MODEL.RESNETS.OUT_FEATURES``, ``RES5_DILATION`` and ``MODEL.BACKBONE.FREEZE_AT`` are honoured. A model keeps the
     norm it has, but the BN in it is frozen or synchronised if ``MODEL.RESNETS.NORM`` is "FrozenBN" or "SyncBN".
+
+    Raises:
+        ConfigError: when timm has no such model, or it cannot stand for a ResNet.
     """
     resnets = cfg.MODEL.RESNETS
-    backbone = TimmBackbone(
-        name=cfg.MODEL.BACKBONE.TIMM,
-        out_features=resnets.OUT_FEATURES,
-        in_channels=input_shape.channels,
-        res5_dilation=resnets.RES5_DILATION,
-    )
+    try:
+        backbone = TimmBackbone(
+            name=cfg.MODEL.BACKBONE.TIMM,
+            out_features=resnets.OUT_FEATURES,
+            in_channels=input_shape.channels,
+            res5_dilation=resnets.RES5_DILATION,
+        )
+    except ValueError as error:
+        raise ConfigError([f"MODEL.BACKBONE.TIMM is {cfg.MODEL.BACKBONE.TIMM!r}: {error}"]) from error
     if resnets.NORM == "FrozenBN":
         backbone = freeze_batch_norm_2d(backbone)
     elif resnets.NORM in ("SyncBN", "nnSyncBN"):
