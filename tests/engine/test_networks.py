@@ -120,7 +120,7 @@ REFUSED: dict[str, tuple[list[Any], str]] = {
     "no such file": ([of_task("detection", "WEIGHTS"), "x.pth"], r"WEIGHTS is 'x\.pth', but a file or 'random' is"),
     "file of another network": (
         [of_task("detection", "WEIGHTS"), FILE],
-        r"BRANCHES\.detection\.WEIGHTS: .*convnext\.safetensors holds no ResNet under names of",
+        r"detection\.WEIGHTS is .*convnext\.safetensors holds no ResNet under names of",
     ),
     "file of another network for all": (
         [GLOBAL, EFFICIENTNET, "MODEL.WEIGHTS", FILE],
