@@ -88,11 +88,16 @@ def with_network(cfg: CfgNode, *, timm: str, depth: int) -> CfgNode:
     return cfg
 
 
+def timm_model(cfg: CfgNode) -> str:
+    """The model of timm that ``MODEL`` describes; "" for a ResNet, as in configs that have Detectron2's keys alone."""
+    return str(cfg.MODEL.BACKBONE.get("TIMM", ""))
+
+
 def network_name(cfg: CfgNode) -> str:
     """What ``MODEL`` describes, in words."""
     resnets = cfg.MODEL.RESNETS
-    if cfg.MODEL.BACKBONE.TIMM:
-        return str(cfg.MODEL.BACKBONE.TIMM)
+    if timm_model(cfg):
+        return timm_model(cfg)
     if resnets.NUM_GROUPS > 1:
         return f"ResNeXt-{resnets.DEPTH} {resnets.NUM_GROUPS}x{resnets.WIDTH_PER_GROUP}d"
     return f"ResNet-{resnets.DEPTH}"
@@ -135,7 +140,7 @@ def build_branch(cfg: CfgNode, *, out_features: Sequence[str], res5_dilation: in
     cfg.MODEL.RESNETS.RES5_DILATION = res5_dilation
     deepest = max(out_features)
     cfg.MODEL.RESNETS.OUT_FEATURES = [stage for stage in STAGES if stage <= deepest]
-    build = build_timm_backbone if cfg.MODEL.BACKBONE.TIMM else build_resnet_backbone
+    build = build_timm_backbone if timm_model(cfg) else build_resnet_backbone
     return build(cfg, ShapeSpec(channels=len(cfg.MODEL.PIXEL_MEAN)))
 
 
