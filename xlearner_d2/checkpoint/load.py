@@ -242,7 +242,7 @@ def _convert_stem(resnet: nn.Module, state: State, conversion: StemConversion) -
         return (), []
     convolutions = [
         (f"stem.{name}.weight", module)
-        for name, module in resnet.stem.named_modules()  # type: ignore[operator, union-attr]
+        for name, module in resnet.stem.named_modules()  # type: ignore[union-attr]
         if isinstance(module, nn.Conv2d) and module.in_channels == 3 and module.groups == 1
     ]
     if conversion.scale and any(isinstance(module, _NORMALISED) for _, module in convolutions):

@@ -85,7 +85,7 @@ def check_branches(
     if problems or found:
         return problems + found
     with torch.device("meta"):
-        branches = build_expanded_backbone(cfg, tasks).branches
+        branches = dict(build_expanded_backbone(cfg, tasks).branches.items())
     starts = {name: start_of(cfg, specs, name) for name in branches if name not in old}
     for name, (setting, path) in starts.items():
         problems += _misfit(branches[name], setting, path)

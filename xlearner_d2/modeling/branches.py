@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from detectron2.config import CfgNode
@@ -15,7 +15,7 @@ from ..specs import parse_record
 from .timm_backbone import STAGES, TIMM_BUILDERS, TimmBackbone, build_timm_backbone
 
 #: A network that is run stage by stage.
-Branch = ResNet | TimmBackbone
+Branch: TypeAlias = ResNet | TimmBackbone
 #: What Detectron2's ResNet may be deep.
 DEPTHS = (18, 34, 50, 101, 152)
 
@@ -155,7 +155,7 @@ def compile_stages(branch: Branch, *, backend: str) -> None:
     config = torch._dynamo.config
     config.recompile_limit = max(config.recompile_limit, 128)
     for part in (branch.stem, *branch.stages):
-        part.compile(backend=backend)  # type: ignore[operator, union-attr]
+        part.compile(backend=backend)
 
 
 def freeze_norm(module: nn.Module) -> None:
