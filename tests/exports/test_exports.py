@@ -22,7 +22,8 @@ from xlearner_d2.exports import write
 from xlearner_d2.exports.convention import own_convention
 from xlearner_d2.exports.student import load_student
 from xlearner_d2.exports.write import FORMATS, export
-from xlearner_d2.modeling.expanded import STAGES, build_branch
+from xlearner_d2.modeling.branches import build_branch
+from xlearner_d2.modeling.expanded import STAGES
 from xlearner_d2.specs import ConfigError
 
 TRAINING = {
@@ -55,7 +56,7 @@ def write_student(path: Path, cfg: CfgNode) -> Path:
             module.bias.data.uniform_(-0.1, 0.1)
             module.running_mean.uniform_(-0.1, 0.1)
             module.running_var.uniform_(0.5, 1.5)
-    if cfg.MODEL.RESNETS.NORM == "BN":
+    if cfg.MODEL.RESNETS.NORM == "BN" and not cfg.MODEL.BACKBONE.get("TIMM", ""):
         student.stem.conv1.norm.running_var *= 255**2  # as after training on pixels from 0 to 255
     export_student(student, cfg, path, training=TRAINING)
     return path
@@ -167,6 +168,18 @@ def test_what_a_library_cannot_express_is_refused(tmp_path: Path, resnets: dict[
         export(path, to="timm")
     assert sorted(item.name for item in tmp_path.iterdir()) == ["student_d2.pth"]
     assert export(path, to="onnx").difference <= 1e-5  # a graph can express anything
+
+
+@pytest.mark.parametrize("name", ["test_convnext", "test_efficientnet", "test_resnet"])
+def test_a_student_of_timm(tmp_path: Path, name: str) -> None:
+    cfg = student_cfg()
+    cfg.MODEL.BACKBONE.TIMM = name
+    path = write_student(tmp_path / "student_d2.pth", cfg)
+    for to in ("d2", "timm", "onnx", "safetensors"):
+        done = export(path, to=to, output=tmp_path / f"out{FORMATS[to].ending}")
+        assert done.difference <= 1e-5
+    with pytest.raises(ConfigError, match=f"the student is {name} of timm, but a ResNet is expected"):
+        export(path, to="torchvision")
 
 
 def test_wrong_commands_get_one_message(weights: Path, tmp_path: Path) -> None:

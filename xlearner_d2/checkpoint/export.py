@@ -34,7 +34,7 @@ def export_student(
     finds them in a plain, FPN, C4 or DC5 backbone alike. ``num_batches_tracked`` is left out: frozen BN has none.
 
     Args:
-        cfg: describes the student's ResNet and its input.
+        cfg: describes the student's network and its input.
         training: how it was made, in plain values; kept in the file.
     """
     state = {
@@ -44,6 +44,7 @@ def export_student(
     }
     description = {
         "resnets": _plain(cfg.MODEL.RESNETS),
+        "timm": str(cfg.MODEL.BACKBONE.get("TIMM", "")),
         "input": input_convention(cfg),
         "training": dict(training or {}),
     }

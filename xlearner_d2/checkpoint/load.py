@@ -192,7 +192,7 @@ def load_resnet(resnet: nn.Module, path: str | Path, *, pixels: PixelConvention 
     warnings = _stride_problems(resnet, file)
     if pixels is not None and file.pixels is not None:
         conversion = stem_conversion(file.pixels, pixels)
-        converted, stuck = _convert_stem(resnet, matched, conversion)
+        converted, stuck = convert_stem(resnet, matched, conversion)
         report = replace(report, converted=converted, conversion=str(conversion))
         warnings += [*stuck, *([conversion.problem] if conversion.problem else [])]
     for warning in warnings:
@@ -236,7 +236,7 @@ def _in_shape(value: Tensor, own: Tensor | None) -> Tensor:
     return value.reshape(own.shape) if sides[0] == sides[1] else value
 
 
-def _convert_stem(resnet: nn.Module, state: State, conversion: StemConversion) -> tuple[tuple[str, ...], list[str]]:
+def convert_stem(resnet: nn.Module, state: State, conversion: StemConversion) -> tuple[tuple[str, ...], list[str]]:
     """Convert the weights that read the image, in place of ``state``; name them, and say what could not be done."""
     if not str(conversion):
         return (), []

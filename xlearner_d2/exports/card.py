@@ -9,6 +9,7 @@ import yaml
 
 from ..checkpoint.files import write_atomically
 from .convention import Convention
+from .libraries import architecture
 from .student import Student
 
 _CITATION = """@inproceedings{he2022xlearner,
@@ -88,7 +89,7 @@ def _front_matter(student: Student, library: str) -> str:
 def _summary(student: Student) -> str:
     tasks = sorted({source["task"] for source in student.training.get("sources", {}).values()})
     learned = f" It was learned from labels for {_listed(tasks)} at once." if tasks else ""
-    text = f"One plain ResNet-{student.depth} backbone, squeezed from an expanded multi-task model by xlearner_d2."
+    text = f"One plain {student.name} backbone, squeezed from an expanded multi-task model by xlearner_d2."
     return f"# {student.path.stem}\n\n{text}{learned}"
 
 
@@ -98,9 +99,7 @@ def _listed(words: Sequence[str]) -> str:
 
 def _usage(student: Student, path: Path, to: str, convention: Convention) -> str:
     language, code = _USAGE[to]
-    name = {(50, 128): "wide_resnet50_2", (101, 128): "wide_resnet101_2"}.get(
-        (student.depth, student.cfg.MODEL.RESNETS.WIDTH_PER_GROUP), f"resnet{student.depth}"
-    )
+    name = architecture(student).torchvision if to == "torchvision" else ""
     filled = code.format(path=path.name if path.is_file() else path, name=name)
     return f"## Use\n\n```{language}\n{filled}\n```\n\n{_input(convention)}"
 

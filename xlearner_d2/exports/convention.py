@@ -6,10 +6,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..checkpoint.pixels import IMAGENET, PixelConvention
 from .student import Student, norm_kind
-
-#: Per channel, of RGB images from 0 to 1: what torchvision's and timm's transforms divide by unless told otherwise.
-IMAGENET_STD = (0.229, 0.224, 0.225)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,9 +37,9 @@ class Convention:
 
 
 def _facts(student: Student) -> dict[str, str]:
-    resnets = student.cfg.MODEL.RESNETS
-    stride_in = "" if student.depth < 50 else "1x1" if resnets.STRIDE_IN_1X1 else "3x3"
-    return {"stride_in": stride_in, "norm": norm_kind(student.resnet.stem.conv1)}
+    in_1x1 = student.cfg.MODEL.RESNETS.STRIDE_IN_1X1
+    stride_in = "" if student.depth < 50 else "1x1" if in_1x1 else "3x3"
+    return {"stride_in": stride_in, "norm": norm_kind(student.network)}
 
 
 def own_convention(student: Student) -> Convention:
@@ -72,8 +70,10 @@ def imagenet_convention(student: Student) -> Convention:
     Detectron2's default ``MODEL.PIXEL_MEAN`` it is.
     """
     mean = tuple(round(value / 255.0, 9) for value in _rgb(student)[0])
+    assert IMAGENET.std is not None
+    std = tuple(round(value / 255.0, 9) for value in IMAGENET.std)
     return Convention(
-        channel_order="RGB", value_range=1.0, mean=mean, std=IMAGENET_STD, normalised_inside=False, **_facts(student)
+        channel_order="RGB", value_range=1.0, mean=mean, std=std, normalised_inside=False, **_facts(student)
     )
 
 
@@ -83,13 +83,11 @@ def _rgb(student: Student) -> tuple[tuple[float, ...], tuple[float, ...]]:
     return tuple(model.PIXEL_MEAN[::step]), tuple(model.PIXEL_STD[::step])
 
 
-def stem_for(weight: Tensor, student: Student, convention: Convention) -> Tensor:
-    """The first convolution's weight (C, 3, K, K) for input in another convention, so that its output is the same."""
-    own_std = torch.tensor(student.cfg.MODEL.PIXEL_STD, dtype=torch.float64)
-    if convention.channel_order != student.cfg.INPUT.FORMAT:
-        weight, own_std = weight.flip(1), own_std.flip(0)
-    scale = 255.0 / convention.value_range * torch.tensor(convention.std, dtype=torch.float64) / own_std
-    return (weight.double() * scale.view(1, 3, 1, 1)).to(weight.dtype).contiguous()
+def pixels_of(convention: Convention) -> PixelConvention:
+    """The same for images from 0 to 255, as stems are converted."""
+    scale = 255.0 / convention.value_range
+    mean, std = (tuple(scale * value for value in values) for values in (convention.mean, convention.std))
+    return PixelConvention(convention.channel_order, mean, std)
 
 
 def feed(rgb: Tensor, convention: Convention) -> Tensor:

@@ -18,7 +18,7 @@ from .student import Student
 
 def write_d2(student: Student, path: Path) -> Convention:
     """A ``.pth`` file, as the squeeze stage leaves it."""
-    export_student(student.resnet, student.cfg, path, training=student.training)
+    export_student(student.network, student.cfg, path, training=student.training)
     return own_convention(student)
 
 
@@ -33,7 +33,7 @@ def write_d2_pkl(student: Student, path: Path) -> Convention:
 
 def _state(student: Student) -> dict[str, Tensor]:
     """Detectron2's names and the weights, without the counters that frozen BN lacks."""
-    state = student.resnet.state_dict()
+    state = student.network.state_dict()
     return {name: value.contiguous() for name, value in state.items() if not name.endswith("num_batches_tracked")}
 
 
@@ -47,7 +47,8 @@ def read_d2(student: Student, path: Path) -> nn.Module:
 
 def _backbone(student: Student) -> nn.Module:
     cfg = student.cfg.clone()
-    cfg.MODEL.BACKBONE.NAME, cfg.MODEL.RESNETS.OUT_FEATURES = "build_resnet_backbone", list(STAGES)
+    cfg.MODEL.BACKBONE.NAME = "build_timm_backbone" if student.timm else "build_resnet_backbone"
+    cfg.MODEL.RESNETS.OUT_FEATURES = list(STAGES)
     return build_backbone(cfg)
 
 
@@ -55,14 +56,14 @@ def write_safetensors(student: Student, path: Path) -> Convention:
     """Detectron2's names; the network and the input convention are in the file's metadata, as JSON."""
     convention = own_convention(student)
     metadata = {"format": "pt", "convention": json.dumps(convention.as_dict())}
-    metadata["resnets"] = json.dumps(dict(student.cfg.MODEL.RESNETS))
+    metadata |= {"resnets": json.dumps(dict(student.cfg.MODEL.RESNETS)), "timm": student.timm}
     with replacing(path) as part:
         save_file(_state(student), part, metadata=metadata)
     return convention
 
 
 def read_safetensors(student: Student, path: Path) -> nn.Module:
-    """A new ResNet with the file's weights."""
+    """A new network with the file's weights."""
     backbone = _backbone(student)
     found = backbone.load_state_dict(load_file(path), strict=False)
     missing = [name for name in found.missing_keys if "num_batches" not in name]

@@ -28,7 +28,7 @@ class ImageToFeatures(nn.Module):
 
     def __init__(self, student: Student):
         super().__init__()
-        self.resnet = student.resnet
+        self.network = student.network
         self.bgr = student.cfg.INPUT.FORMAT == "BGR"
         for name, values in (("mean", student.cfg.MODEL.PIXEL_MEAN), ("std", student.cfg.MODEL.PIXEL_STD)):
             self.register_buffer(name, torch.tensor(values).view(3, 1, 1))
@@ -36,7 +36,7 @@ class ImageToFeatures(nn.Module):
     def forward(self, images: Tensor) -> tuple[Tensor, ...]:
         """See the class."""
         images = images.flip(1) if self.bgr else images
-        features = self.resnet((images - self.mean) / self.std)
+        features = self.network((images - self.mean) / self.std)
         return tuple(features[stage] for stage in STAGES)
 
 

@@ -1,4 +1,4 @@
-"""The student as a ResNet of torchvision and of timm: names, stem and checks for what those cannot express."""
+"""The student as a network of torchvision and of timm: names, stem and checks for what those cannot express."""
 
 import json
 from collections.abc import Mapping
@@ -15,8 +15,11 @@ from torchvision.models import resnet as torchvision_resnet
 from torchvision.models.feature_extraction import create_feature_extractor
 
 from ..checkpoint.files import replacing, save_atomically
+from ..checkpoint.load import convert_stem
+from ..checkpoint.pixels import PixelConvention, stem_conversion
+from ..modeling.timm_backbone import TimmBackbone
 from ..specs import ConfigError
-from .convention import Convention, imagenet_convention, stem_for
+from .convention import Convention, imagenet_convention, pixels_of
 from .student import Student
 
 _LAYERS = {"layer1": "res2", "layer2": "res3", "layer3": "res4", "layer4": "res5"}
@@ -45,14 +48,17 @@ _NAMES = {
 
 
 def architecture(student: Student) -> _Name:
-    """The student's architecture in the libraries.
+    """A ResNet's architecture in the libraries.
 
     Raises:
         ConfigError: naming each setting that they have no counterpart for.
     """
+    if student.timm:
+        what = f"the student is {student.timm} of timm, but a ResNet is expected"
+        raise ConfigError([f"{student.path}: {what}."], what="The export to torchvision")
     resnets = student.cfg.MODEL.RESNETS
     key = (resnets.DEPTH, resnets.NUM_GROUPS, resnets.WIDTH_PER_GROUP)
-    width = 64 if isinstance(student.resnet.res2[0], BasicBlock) else 256
+    width = 64 if isinstance(student.network.res2[0], BasicBlock) else 256
     problems = []
     if key not in _NAMES:
         problems.append(f"DEPTH, NUM_GROUPS, WIDTH_PER_GROUP are {key}, but one of {sorted(_NAMES)} is expected.")
@@ -75,13 +81,19 @@ def architecture(student: Student) -> _Name:
 
 
 def library_state(student: Student, convention: Convention) -> dict[str, Tensor]:
-    """The weights under the names that torchvision and timm share, for images in ``convention``; no classifier."""
-    state = {}
-    for name, value in student.resnet.state_dict().items():
-        if not name.endswith("num_batches_tracked"):
-            state[_name(name)] = value.detach().clone()
-    state["conv1.weight"] = stem_for(state["conv1.weight"], student, convention)
-    return state
+    """The weights under the libraries' names, for images in ``convention``; no classifier.
+
+    Raises:
+        ConfigError: when the stem cannot be converted to it.
+    """
+    state = {name: value.detach().clone() for name, value in student.network.state_dict().items()}
+    conversion = stem_conversion(PixelConvention.of(student.cfg), pixels_of(convention))
+    problems = convert_stem(student.network, state, conversion)[1]
+    if problems:
+        raise ConfigError([f"{student.path}: {problem}" for problem in problems], what="The export")
+    names = student.network.timm_names() if isinstance(student.network, TimmBackbone) else {}
+    counter = "num_batches_tracked"
+    return {names.get(name) or _name(name): value for name, value in state.items() if not name.endswith(counter)}
 
 
 def _name(name: str) -> str:
@@ -122,9 +134,12 @@ def _load(model: nn.Module, state: Mapping[str, Tensor]) -> None:
 def write_timm(student: Student, folder: Path) -> Convention:
     """A folder as on the Hugging Face hub: ``config.json`` and ``model.safetensors``."""
     convention = imagenet_convention(student)
-    name = architecture(student).timm
+    name = student.timm or architecture(student).timm
     model = timm.create_model(name, pretrained=False, num_classes=0)
-    _load(model, library_state(student, convention))
+    state = library_state(student, convention)
+    if student.timm:  # what comes after the last stage stays as timm initialises it
+        state = model.state_dict() | state
+    _load(model, state)
     data = {"mean": convention.mean, "std": convention.std}
     save_for_hf(model, str(folder), safe_serialization=True, data_config=data)
     _describe(folder / "config.json", convention)
@@ -147,10 +162,10 @@ class _Named(nn.Module):
 
     def forward(self, images: Tensor) -> dict[str, Tensor]:
         """Features of images (N, 3, H, W)."""
-        return dict(zip(_LAYERS.values(), self.model(images), strict=True))
+        return dict(zip(_LAYERS.values(), self.model(images)[-len(_LAYERS) :], strict=True))
 
 
 def read_timm(student: Student, folder: Path) -> nn.Module:
     """timm's own feature extractor, made from a folder."""
-    model = timm.create_model(f"local-dir:{folder}", pretrained=True, features_only=True, out_indices=(1, 2, 3, 4))
+    model = timm.create_model(f"local-dir:{folder}", pretrained=True, features_only=True)
     return _Named(model.eval())
