@@ -12,12 +12,12 @@ from typing import Any
 
 import numpy as np
 import torch
-from detectron2.utils.file_io import PathManager
 from safetensors.torch import load_file
 from timm.layers import ScaledStdConv2d, ScaledStdConv2dSame, StdConv2d, StdConv2dSame
 from torch import Tensor, nn
 
 from ..specs import ConfigError
+from .fetch import local_file
 from .names import BackboneFile, OfTimm, State, backbone_file
 from .pixels import PixelConvention, StemConversion, stem_conversion
 
@@ -62,9 +62,7 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
     Raises:
         ConfigError: when the file is missing, truncated, not a checkpoint, or holds objects that could run code.
     """
-    local = Path(PathManager.get_local_path(str(path)))
-    if not local.is_file():
-        raise ConfigError([f"There is no checkpoint {path}."])
+    local = local_file(path)
     try:
         found = _read(local)
     except Exception as error:  # damaged pickles can raise any
