@@ -52,10 +52,12 @@ def read_record(source: str, name: str) -> list[tuple[str, str, str]]:
     """(key, default, meaning) of each field of a dataclass."""
     tree = ast.parse(source)
     record = next(node for node in tree.body if isinstance(node, ast.ClassDef) and node.name == name)
-    text = re.sub(r"\n\s{8,}(?=\S)", " ", (ast.get_docstring(record, clean=False) or "").split("Attributes:")[1])
-    meaning = dict(re.findall(r"(?:^|\s)(\w+(?:, \w+)?): (.+?)(?=\s+\w+(?:, \w+)?: |\s*$)", text.strip(), re.S))
-    meanings = {key: value for keys, value in meaning.items() for key in keys.split(", ")}
     fields = [node for node in record.body if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name)]
+    known = "|".join(field.target.id for field in fields)  # type: ignore[union-attr]
+    keys_of_entry = rf"(?:{known})(?:, (?:{known}))*"
+    text = re.sub(r"\n\s{8,}(?=\S)", " ", (ast.get_docstring(record) or "").split("Attributes:")[1])
+    meaning = dict(re.findall(rf"^ {{4}}({keys_of_entry}): (.+)$", text, re.MULTILINE))
+    meanings = {key: value.strip() for keys, value in meaning.items() for key in keys.split(", ")}
     rows = []
     for field in fields:
         key = field.target.id  # type: ignore[union-attr]
