@@ -3,12 +3,14 @@ PYTHON ?= python3
 VENV := .venv
 RUN := $(VENV)/bin/python
 
-.PHONY: help setup demo test lint clean
+.PHONY: help setup demo test lint docs docs-check clean
 
 help:
 	@echo "make demo    set up, make the OpenMoji data, train, squeeze, evaluate (about 10 minutes on 2 CPU cores)"
 	@echo "make test    set up, run all tests"
 	@echo "make lint    set up, run ruff and mypy"
+	@echo "make docs    set up, build the documentation into build/site"
+	@echo "make docs-check  set up, run the commands of the documentation on small data"
 	@echo "make setup   set up .venv only"
 	@echo "make clean   remove .venv, data and outputs that the targets above made"
 
@@ -27,6 +29,16 @@ lint: setup
 	$(RUN) -m ruff check .
 	$(RUN) -m mypy
 	$(RUN) -m mypy datasets/prepare_openmoji.py datasets/openmoji_scenes tools/bootstrap.py
+	MYPYPATH=tools $(RUN) -m mypy tools/docs_site.py tools/docs_commands.py tools/docs_example.py tools/draw_stages.py tools/reference.py
+
+docs: setup
+	$(RUN) tools/settings.py --check
+	$(RUN) tools/reference.py --check
+	$(RUN) tools/draw_stages.py --check
+	NO_MKDOCS_2_WARNING=1 $(RUN) -m mkdocs build --strict
+
+docs-check: setup
+	OMP_NUM_THREADS=1 $(RUN) tools/docs_commands.py
 
 clean:
 	rm -rf $(VENV) datasets/openmoji output
