@@ -37,6 +37,10 @@ def test_arguments_that_share_an_entry_have_one_each():
     assert docs_site.split_names(before) == after
 
 
+def test_roles_are_left_out():
+    assert docs_site.without_roles("As :func:`a.b` and :data:`C` do: `d`.") == "As `a.b` and `C` do: `d`."
+
+
 @pytest.mark.parametrize(
     ("name", "text", "found"),
     [

@@ -72,18 +72,23 @@ def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Fil
     return rewrite_links(markdown, places.get(page.file.src_uri, f"docs/{page.file.src_uri}"))
 
 
-class SplitNames(griffe.Extension):
-    """Docstrings may say ``mean, std: three numbers`` of two arguments at once; the API page has a row for each."""
+class Docstrings(griffe.Extension):
+    """Makes of each docstring what the API page needs."""
 
     def on_object(self, *, obj: griffe.Object, **_: Any) -> None:
         if obj.docstring:
-            obj.docstring.value = split_names(obj.docstring.value)
+            obj.docstring.value = without_roles(split_names(obj.docstring.value))
 
 
 def split_names(docstring: str) -> str:
-    """``a, b: text`` as ``a: text`` and ``b: text``, with the lines that continue it."""
+    """``mean, std: three numbers`` as an entry for each, with the lines that continue it."""
     entry = re.compile(r"^( +)(\w+(?:, \w+)+): (.+(?:\n\1 +\S.*)*)", re.MULTILINE)
     return entry.sub(lambda m: "\n".join(f"{m[1]}{name}: {m[3]}" for name in m[2].split(", ")), docstring)
+
+
+def without_roles(docstring: str) -> str:
+    """``:func:`name` `` as ``name``."""
+    return re.sub(r":\w+:(?=`)", "", docstring)
 
 
 class _Loads(HTMLParser):

@@ -130,9 +130,14 @@ def squeeze(top: float) -> Iterator[Child]:
     yield text("student", 24, y + STAGE_HEIGHT / 2 + 5, colour=STUDENT, text_anchor="start", font_weight="bold")
     yield from resnet(y, STUDENT)
     yield from heads(y, STUDENT, ("all labels",))
-    x = STAGE_X + 1.5 * STAGE_STEP + STAGE_WIDTH / 2
-    yield arrow(x, y + STAGE_HEIGHT + 6, x, y + STAGE_HEIGHT + 34, STUDENT)
-    yield text("student_d2.pth: MODEL.WEIGHTS of any Detectron2 config", x, y + STAGE_HEIGHT + 60, colour=STUDENT)
+    middle = STAGE_X + 1.5 * STAGE_STEP + STAGE_WIDTH / 2
+    yield arrow(middle, y + STAGE_HEIGHT + 6, middle, y + STAGE_HEIGHT + 34, STUDENT)
+    yield text(
+        "student_d2.pth: MODEL.WEIGHTS of any Detectron2 config of its depth",
+        middle,
+        y + STAGE_HEIGHT + 60,
+        colour=STUDENT,
+    )
 
 
 def draw() -> str:

@@ -68,7 +68,7 @@ def _heads() -> str:
         needed = NEEDED_CLASSES.get(name, ())
         counts = code(key for kind in needed for key in CLASS_COUNTS[kind])
         mapper = MAPPERS.get(name)
-        shown = f"`{mapper.__module__.removeprefix('xlearner_d2.')}`" if mapper else "Detectron2's `DatasetMapper`"  # type: ignore[attr-defined]
+        shown = f"`{mapper.__module__.removeprefix('xlearner_d2.')}`" if mapper else "Detectron2's `DatasetMapper`"
         rows.append((f"`{name}`", code(needed) or "", counts, shown))
     return table(("`MODEL.META_ARCHITECTURE`", "metadata it needs", "settings that follow", "mapper"), rows)
 
