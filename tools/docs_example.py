@@ -3,7 +3,7 @@
 python tools/docs_example.py
 export DETECTRON2_DATASETS=data
 
-Eight images of 64 pixels a split, drawn here: birds/ (a folder for each class), cells/ (Pascal VOC XML) and coco/ (COCO
+Eight images of 96 pixels a split, drawn here: birds/ (a folder for each class), cells/ (Pascal VOC XML) and coco/ (COCO
 json with masks). mine.yaml has two steps, so that what the documentation does with it takes seconds; nothing is learnt.
 larger.yaml has one source more.
 """
@@ -19,7 +19,7 @@ from detectron2.data.datasets.builtin_meta import COCO_CATEGORIES
 from PIL import Image
 
 ROOT = Path(__file__).resolve().parents[1]
-SIZE, COUNT = 64, 8
+SIZE, COUNT = 96, 8
 SMALL = ["INPUT.MIN_SIZE_TRAIN", [SIZE], "INPUT.MAX_SIZE_TRAIN", SIZE, "INPUT.MIN_SIZE_TEST", SIZE]
 BIRDS, CELLS = ("heron", "stork"), ("round", "square")
 
@@ -28,9 +28,9 @@ def draw(number: int) -> tuple[np.ndarray, list[int]]:
     """An image with one bright square, and the square's x, y, width and height."""
     random = np.random.default_rng(number)
     image = random.integers(0, 90, (SIZE, SIZE, 3), dtype=np.uint8)
-    x, y = (int(value) for value in random.integers(2, 30, 2))
-    image[y : y + 30, x : x + 30, number % 3] = 250
-    return image, [x, y, 30, 30]
+    x, y = (int(value) for value in random.integers(2, 40, 2))
+    image[y : y + 50, x : x + 50, number % 3] = 250
+    return image, [x, y, 50, 50]
 
 
 def save(path: Path, image: np.ndarray) -> None:
