@@ -79,6 +79,12 @@ def test_wrong_options(text, problem, capsys):
     assert problem in message
 
 
+def test_options_go_before_settings():
+    command, rule = Command("x.md", 1, "python a.py --file b.py KEY 1"), Rule(pattern="", add="--dry-run")
+    assert docs_commands.spelled(command, rule) == "python a.py --dry-run --file b.py KEY 1"
+    assert docs_commands.spelled(command, Rule(pattern="", add="KEY 2")) == "python a.py --file b.py KEY 1 KEY 2"
+
+
 def test_what_is_run(tmp_path):
     (tmp_path / "a").write_text("1")
     code = "import os; print(open('b').read()); assert os.environ['DETECTRON2_DATASETS'].endswith('data'); exit(NUMBER)"

@@ -12,6 +12,7 @@ TESTED = {
     "quick/openmoji.yaml",
     "quick/real.yaml",
     "transfer/openmoji12.yaml",
+    "transfer/openmoji12_ablation.yaml",
     "transfer/openmoji12_pretrain.yaml",
     "transfer/openmoji12_study.yaml",
     "transfer/paper12.yaml",
@@ -61,11 +62,18 @@ def test_quick_real(photographs, tmp_path):
     assert "facade    detection" in done.stdout
 
 
-def test_study_openmoji(openmoji, tmp_path):
-    study = ["--study", "configs/transfer/openmoji12_study.yaml", "--output", tmp_path / "out"]
+@pytest.mark.parametrize(
+    ("name", "found"),
+    [
+        ("study", "squeezed: xlearner/student_d2.pth"),
+        ("ablation", "separate_teacher: separate_teacher/student_d2.pth"),
+    ],
+)
+def test_studies_openmoji(openmoji, tmp_path, name, found):
+    study = ["--study", f"configs/transfer/openmoji12_{name}.yaml", "--output", tmp_path / "out"]
     done = dry_run("tools/study.py", *study, data=openmoji)
     assert done.returncode == 0, done.stderr
-    assert "squeezed: xlearner/student_d2.pth" in done.stdout
+    assert found in done.stdout
     assert not (tmp_path / "out").exists()
 
 

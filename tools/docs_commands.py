@@ -62,7 +62,7 @@ class Rule:
         pattern: regular expression, searched for in the command.
         how: run, check (options, files and settings), or leave out.
         why: the reason for not running it.
-        add: what is put behind the command.
+        add: what is put behind the command; options, which begin with two hyphens, behind its script.
         copy: (from, to) of a file that stands for one that the reader would have.
         swap: (old, new) text within the command.
     """
@@ -206,7 +206,7 @@ def rule_for(command: Command) -> Rule:
 
 def check_options(text: str) -> list[str]:
     """What is wrong with the options, files and settings of a command that is not run."""
-    words = [word for word in shlex.split(_ASSIGNMENT.sub("", text)) if word not in ("…", "FOLDER…")]
+    words = [word.rstrip("…") for word in shlex.split(_ASSIGNMENT.sub("", text)) if word != "…"]
     scripts = [index for index, word in enumerate(words) if word.endswith(".py")]
     if not scripts or not (ROOT / words[scripts[0]]).is_file():
         return ["names no script of the project"]
@@ -263,6 +263,8 @@ def make_folder(folder: Path) -> None:
 def spelled(command: Command, rule: Rule) -> str:
     """The command as it is run."""
     text = command.text.replace(*rule.swap) if rule.swap else command.text
+    if rule.add.startswith("--"):  # options go before settings
+        return re.sub(r"\.py(?= |$)", f".py {rule.add}", text, count=1)
     return f"{text} {rule.add}".strip()
 
 
