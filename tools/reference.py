@@ -123,8 +123,13 @@ def config_section(path: Path) -> str:
     """A config's header, a line for each of its parts."""
     text = path.read_text(encoding="utf-8")
     header = re.match(r"(?:#.*\n)*", text)
-    lines = [line.removeprefix("#").strip() for line in (header[0] if header else "").splitlines()]
-    parts = re.split(r"(?<=\S) (?=(?:Data|Command|Cost|Use|Head|Expected)(?:: | \())", " ".join(lines))
+    parts: list[str] = []
+    for line in (header[0] if header else "").splitlines():
+        words = line.removeprefix("#").strip()
+        if parts and not re.match(r"[A-Z]\w*(?: \w+){0,3}: ", words):
+            parts[-1] += f" {words}"
+        else:
+            parts.append(words)
     shown = [re.sub(r"^(Command: |Data: )(python .+)$", r"\1`\2`", part) for part in parts]
     return f"### `{path.relative_to(ROOT)}`\n\n" + "\n".join(f"- {part}" for part in shown)
 
