@@ -198,6 +198,16 @@ def _memory(args: Namespace, heads: tuple[str, ...], *opts: Any) -> tuple[int, i
     return kept, kept + 16 * sum(p.numel() for p in model.parameters())
 
 
+def layers_run_again(args: Namespace) -> Found:
+    """Reconciliation layers that run again in the backward pass, against keeping what they compute."""
+    runs: dict[str, Run] = {}
+    for recompute in (True, False):
+        model = make_model(THREE_TASKS, "XLEARNER.RECONCILIATION.RECOMPUTE", recompute, *precision(args))
+        runs[str(recompute)] = _pass(model, make_batch(model, count=args.images, size=args.size))
+    times = in_turn(runs, rounds=args.rounds)
+    return {"three kinds of heads": ratio(times["True"], times["False"])}
+
+
 def exported_student(args: Namespace) -> Found:
     """Inference of a student that was exported and loaded into stock Detectron2, against a stock ResNet."""
     from tempfile import TemporaryDirectory
@@ -233,5 +243,6 @@ RATIOS: dict[str, Callable[[Namespace], Found]] = {
     "detached against bidirectional": detached_step,
     "squeeze step": squeeze_step,
     "memory": memory,
+    "layers run again": layers_run_again,
     "exported student": exported_student,
 }

@@ -299,10 +299,10 @@ def parse_sources(
     return parsed
 
 
-def parse_probes(records: Mapping[str, Any], problems: list[str]) -> list[ProbeSpec]:
-    """Parse ``XLEARNER.PROBES``; a null record is skipped, so that a derived config can drop one."""
+def parse_records(cls: type[Record], records: Mapping[str, Any], where: str, problems: list[str]) -> list[Record]:
+    """Parse a section, such as ``XLEARNER.PROBES``; a null record is skipped, so that a derived config can drop one."""
     found = [
-        parse_record(ProbeSpec, name, record, f"XLEARNER.PROBES.{name}", problems)
+        parse_record(cls, name, record, f"{where}.{name}", problems)
         for name, record in records.items()
         if record is not None
     ]

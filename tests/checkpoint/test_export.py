@@ -9,9 +9,10 @@ import pytest
 import torch
 from detectron2 import model_zoo
 from detectron2.checkpoint import DetectionCheckpointer
-from detectron2.config import CfgNode, get_cfg
+from detectron2.config import CfgNode
 from detectron2.modeling import build_model
 from detectron2.modeling.backbone.resnet import ResNet
+from students import make_student, student_cfg
 from torch import Tensor, nn
 
 from xlearner_d2.checkpoint.export import export_student
@@ -33,27 +34,6 @@ ZOO = {
 
 def images() -> Tensor:
     return torch.randn(1, 3, 64, 64, generator=torch.Generator().manual_seed(0))
-
-
-def student_cfg(depth: int = 50) -> CfgNode:
-    """As the model zoo has it, but for trained BN."""
-    cfg = get_cfg()
-    cfg.MODEL.DEVICE, cfg.MODEL.BACKBONE.FREEZE_AT, cfg.MODEL.RESNETS.NORM = "cpu", 0, "BN"
-    cfg.MODEL.RESNETS.DEPTH, cfg.MODEL.RESNETS.RES2_OUT_CHANNELS = depth, 64 if depth < 50 else 256
-    return cfg
-
-
-def make_student(cfg: CfgNode) -> ResNet:
-    """A student whose BN statistics and scales matter."""
-    torch.manual_seed(0)
-    student = build_branch(cfg, out_features=STAGES)
-    for module in student.modules():
-        if isinstance(module, nn.BatchNorm2d):
-            module.weight.data.uniform_(0.5, 1.0)
-            module.bias.data.uniform_(-0.1, 0.1)
-            module.running_mean.uniform_(-0.1, 0.1)
-            module.running_var.uniform_(0.5, 1.5)
-    return student.eval()
 
 
 @pytest.fixture(scope="module")

@@ -13,8 +13,9 @@ import timm
 import torch
 import torchvision
 import yaml
-from detectron2.config import CfgNode, get_cfg
+from detectron2.config import CfgNode
 from safetensors import safe_open
+from students import make_student, student_cfg
 from torch import Tensor, nn
 
 from xlearner_d2.checkpoint.export import export_student
@@ -22,7 +23,6 @@ from xlearner_d2.exports import write
 from xlearner_d2.exports.convention import own_convention
 from xlearner_d2.exports.student import load_student
 from xlearner_d2.exports.write import FORMATS, export
-from xlearner_d2.modeling.branches import build_branch
 from xlearner_d2.modeling.expanded import STAGES
 from xlearner_d2.specs import ConfigError
 
@@ -37,25 +37,8 @@ TRAINING = {
 }
 
 
-def student_cfg(depth: int = 18, **resnets: Any) -> CfgNode:
-    cfg = get_cfg()
-    cfg.MODEL.DEVICE, cfg.MODEL.BACKBONE.FREEZE_AT, cfg.MODEL.RESNETS.NORM = "cpu", 0, "BN"
-    cfg.MODEL.RESNETS.DEPTH, cfg.MODEL.RESNETS.RES2_OUT_CHANNELS = depth, 64 if depth < 50 else 256
-    for key, value in resnets.items():
-        cfg.MODEL.RESNETS[key] = value
-    return cfg
-
-
 def write_student(path: Path, cfg: CfgNode) -> Path:
-    """A student whose every weight and statistic matters."""
-    torch.manual_seed(0)
-    student = build_branch(cfg, out_features=STAGES)
-    for module in student.modules():
-        if isinstance(module, nn.BatchNorm2d):
-            module.weight.data.uniform_(0.5, 1.0)
-            module.bias.data.uniform_(-0.1, 0.1)
-            module.running_mean.uniform_(-0.1, 0.1)
-            module.running_var.uniform_(0.5, 1.5)
+    student = make_student(cfg)
     if cfg.MODEL.RESNETS.NORM == "BN" and not cfg.MODEL.BACKBONE.get("TIMM", ""):
         student.stem.conv1.norm.running_var *= 255**2  # as after training on pixels from 0 to 255
     export_student(student, cfg, path, training=TRAINING)
@@ -64,7 +47,7 @@ def write_student(path: Path, cfg: CfgNode) -> Path:
 
 @pytest.fixture(scope="module")
 def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_student(tmp_path_factory.mktemp("student") / "student_d2.pth", student_cfg())
+    return write_student(tmp_path_factory.mktemp("student") / "student_d2.pth", student_cfg(18))
 
 
 def rgb_images() -> Tensor:
@@ -146,7 +129,7 @@ def test_other_depths_and_widths(tmp_path: Path, to: str, depth: int, resnets: d
 
 
 def test_other_pixels_are_folded_into_the_stem_or_told(tmp_path: Path) -> None:
-    cfg = student_cfg()
+    cfg = student_cfg(18)
     cfg.INPUT.FORMAT, cfg.MODEL.PIXEL_MEAN, cfg.MODEL.PIXEL_STD = "RGB", [100.0, 110.0, 130.0], [60.0, 57.0, 55.0]
     path = write_student(tmp_path / "student_d2.pth", cfg)
     convention = torch.load(export(path, to="torchvision").path, weights_only=True)["convention"]
@@ -172,7 +155,7 @@ def test_what_a_library_cannot_express_is_refused(tmp_path: Path, resnets: dict[
 
 @pytest.mark.parametrize("name", ["test_convnext", "test_efficientnet", "test_resnet"])
 def test_a_student_of_timm(tmp_path: Path, name: str) -> None:
-    cfg = student_cfg()
+    cfg = student_cfg(18)
     cfg.MODEL.BACKBONE.TIMM = name
     path = write_student(tmp_path / "student_d2.pth", cfg)
     for to in ("d2", "timm", "onnx", "safetensors"):

@@ -3,6 +3,7 @@
 import fcntl
 import json
 import logging
+import re
 import runpy
 import signal
 import subprocess
@@ -20,6 +21,7 @@ import yaml
 from disk_data import SIZE
 from tiny_suite import NARROW, ROOT, TinySuite
 
+from xlearner_d2.config import load_config
 from xlearner_d2.results.records import read_records
 from xlearner_d2.specs import ConfigError
 from xlearner_d2.transfer import pretraining
@@ -113,9 +115,26 @@ def test_backbones_are_in_the_files_that_the_runs_leave(files: StudyFiles) -> No
     assert found[1].file(2) == Path("out/runs/seed2/expanding/expanded.pth")
 
 
-def test_shipped_studies_are_read() -> None:
-    for path in (ROOT / "configs/transfer").glob("*_study.yaml"):
-        load_study(path)
+def images_seen(study: StudySpec, name: str) -> int:
+    """How many images went into what a run leaves, those of the runs that it starts from included."""
+    pairs = list(zip(study.runs[name][::2], study.runs[name][1::2], strict=True))
+    needed = {other for other in study.runs for _, value in pairs if f"{{{other}}}" in value}
+    own = [item for pair in pairs if "{" not in pair[1] for item in pair]
+    cfg = load_config(study.config, own)
+    batch = sum(source["IMS_PER_BATCH"] for source in cfg.XLEARNER.SOURCES.values() if source)
+    squeeze = cfg.XLEARNER.SQUEEZE.SOLVER.get("MAX_ITER", cfg.SOLVER.MAX_ITER)
+    steps = {"expand": cfg.SOLVER.MAX_ITER, "squeeze": squeeze, "all": cfg.SOLVER.MAX_ITER + squeeze}
+    return int(batch * steps[cfg.XLEARNER.STAGE] + sum(images_seen(study, other) for other in needed))
+
+
+@pytest.mark.parametrize("name", ["openmoji12_study", "openmoji12_ablation", "real12_study"])
+def test_all_backbones_of_a_shipped_study_saw_as_many_images(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    monkeypatch.chdir(ROOT)
+    study = load_study(f"configs/transfer/{name}.yaml")
+    seen = {images_seen(study, text.split("/")[0]) for text in study.backbones.values() if text != "random"}
+    assert len(seen) == 1
+    said = re.search(r"sees ([\d,]+) images", Path(f"configs/transfer/{name}.yaml").read_text())
+    assert said is None or seen == {int(said[1].replace(",", ""))}
 
 
 CASES: dict[str, tuple[Callable[[dict[str, Any]], Any], list[str]]] = {

@@ -15,11 +15,11 @@ from ..data.balance import build_stream
 from ..data.sources import SourceData, load_records, register_sources, source_data
 from ..evaluation.build import check_evaluation
 from ..extensions import import_modules
-from ..modeling.branches import BranchSpec, parse_branches
+from ..modeling.branches import BranchSpec
 from ..modeling.distill import DISTANCES, NORMALISERS
 from ..modeling.expanded import STAGES as RESNET_STAGES
 from ..modeling.heads import COMPILED_HINT, derive_tasks, has_compiled_operators, head_config
-from ..specs import ConfigError, ProbeSpec, SourceSpec, TaskSpec, nearest, parse_probes, parse_sources
+from ..specs import ConfigError, ProbeSpec, SourceSpec, TaskSpec, nearest, parse_records, parse_sources
 from .branches import check_branches, check_networks
 from .drawn import Drawn, balance, check_sampling, check_weighting
 from .growth import Growth, check_tasks, read_growth, with_stored_classes
@@ -242,7 +242,7 @@ def make_plan(cfg: CfgNode, *, world_size: int) -> Plan:
     import_modules(cfg.XLEARNER.IMPORTS)
     problems = _check_settings(cfg, world_size)
     problems += check_norm(cfg, "MODEL", world_size)
-    branches = parse_branches(cfg.XLEARNER.BRANCHES, problems)
+    branches = parse_records(BranchSpec, cfg.XLEARNER.BRANCHES, "XLEARNER.BRANCHES", problems)
     problems += check_networks(cfg, branches)
     growth = None
     with _collect(problems):
@@ -257,7 +257,7 @@ def make_plan(cfg: CfgNode, *, world_size: int) -> Plan:
     )
     frozen = frozenset() if growth is None else growth.frozen
     problems += _check_training(sources, frozen)
-    probes = parse_probes(cfg.XLEARNER.PROBES, problems)
+    probes = parse_records(ProbeSpec, cfg.XLEARNER.PROBES, "XLEARNER.PROBES", problems)
     with _collect(problems):
         register_sources(cfg, sources, probes)
     if problems:

@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import torch
 from torch import Tensor, nn
@@ -75,23 +76,34 @@ def export(weights: str | Path, *, to: str, output: str | Path = "") -> Exported
 
     Raises:
         ConfigError: when the weights are no student's, the format is unknown or cannot express the student, or the
-            library's features differ from the student's. Nothing is left at ``output`` then that was not there before.
+            library's features differ from the student's. What was at ``output`` before is still there then.
     """
     if to not in FORMATS:
         raise ConfigError([f"--to is {to!r}.{nearest(to, FORMATS)}"], what="The command")
     chosen, student = FORMATS[to], load_student(weights)
     path = Path(output) if str(output) else _default_path(student.path, to, chosen)
     _check_path(path, student.path, chosen)
-    new = not path.exists()
-    convention = chosen.write(student, path)
-    difference = compare(student, chosen.read(student, path), convention)
-    if not difference <= TOLERANCE:
-        if new and path.is_file():
-            path.unlink()
-        what = f"{chosen.library} gives features that differ by {difference:.1e}, but at most {TOLERANCE} is expected"
-        raise ConfigError([f"{path}: {what}. Please report this."], what="The export")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.") as folder:
+        part = Path(folder) / path.name
+        convention = chosen.write(student, part)
+        difference = compare(student, chosen.read(student, part), convention)
+        if not difference <= TOLERANCE:
+            what = f"features in {chosen.library} differ by {difference:.1e}, but at most {TOLERANCE} is expected"
+            raise ConfigError([f"{path}: {what}. Please report this."], what="The export")
+        _move(part, path)
     card = write_card(student, path, to=to, library=chosen.library, convention=convention, difference=difference)
     return Exported(path=path, card=card, difference=difference)
+
+
+def _move(part: Path, path: Path) -> None:
+    """A file to its place, or the files of a folder to theirs."""
+    if part.is_file():
+        part.replace(path)
+        return
+    path.mkdir(exist_ok=True)
+    for file in part.iterdir():
+        file.replace(path / file.name)
 
 
 def _check_path(path: Path, weights: Path, chosen: Format) -> None:

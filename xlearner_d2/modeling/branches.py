@@ -1,8 +1,8 @@
 """What one branch is made of: Detectron2's ResNet or a network of timm, as the config says for its task."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, TypeAlias
+from typing import TypeAlias
 
 import torch
 from detectron2.config import CfgNode
@@ -11,7 +11,6 @@ from detectron2.modeling.backbone.resnet import ResNet, build_resnet_backbone
 from timm.utils.model import freeze_batch_norm_2d
 from torch import nn
 
-from ..specs import parse_record
 from .timm_backbone import STAGES, TIMM_BUILDERS, TimmBackbone, build_timm_backbone
 
 #: A network that is run stage by stage.
@@ -53,16 +52,6 @@ class BranchSpec:
     timm: str = ""
     depth: int = 0
     weights: str = ""
-
-
-def parse_branches(records: Mapping[str, Any], problems: list[str]) -> list[BranchSpec]:
-    """Parse ``XLEARNER.BRANCHES``; a null record is skipped, so that a derived config can drop one."""
-    found = [
-        parse_record(BranchSpec, name, record, f"XLEARNER.BRANCHES.{name}", problems)
-        for name, record in records.items()
-        if record is not None
-    ]
-    return [spec for spec in found if spec is not None]
 
 
 def branch_config(cfg: CfgNode, task: str) -> CfgNode:
