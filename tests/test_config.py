@@ -151,10 +151,40 @@ def test_missing_file(tmp_path: Path) -> None:
         load_config(tmp_path / "gone.yaml")
 
 
-def test_a_python_config_is_named_as_such(tmp_path: Path) -> None:
-    (tmp_path / "lazy.py").write_text("model = 1")
-    with pytest.raises(ConfigError, match=r"lazy\.py is a Python config .*, but a YAML file is expected"):
-        load_config(tmp_path / "lazy.py")
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("model = 1", r"mine\.py should define 'settings', a dict with the keys of a YAML config"),
+        ("settings = 3", r"mine\.py should define 'settings'"),
+        ("settings = {'SEED': 1 / 0}", r"mine\.py: ZeroDivisionError: division by zero"),
+        ("settings = {'SEED': }", r"mine\.py: SyntaxError"),
+        ("settings = {'SEEED': 1}", r"mine\.py: .*SEEED"),
+        ("settings = {'SEED': 'three'}", r"mine\.py: .*SEED"),
+        ("settings = {'SEED': '${nowhere}'}", r"mine\.py: InterpolationKeyError"),
+    ],
+)
+def test_a_python_config_in_error(tmp_path: Path, text: str, message: str) -> None:
+    (tmp_path / "mine.py").write_text(text)
+    with pytest.raises(ConfigError, match=message):
+        load_config(tmp_path / "mine.py")
+
+
+def test_a_python_config_that_is_missing(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"There is no config file .*gone\.py"):
+        load_config(tmp_path / "gone.py")
+
+
+def test_a_python_config_is_overridden_like_any_other(tmp_path: Path) -> None:
+    (tmp_path / "mine.py").write_text("settings = {'SEED': 1, 'SOLVER': {'MAX_ITER': 7}}")
+    cfg = load_config(tmp_path / "mine.py", ["SEED", "3"])
+    assert (cfg.SEED, cfg.SOLVER.MAX_ITER) == (3, 7)
+
+
+def test_a_python_file_is_no_base(tmp_path: Path) -> None:
+    (tmp_path / "base.py").write_text("settings = {}")
+    (tmp_path / "mine.yaml").write_text("_BASE_: base.py")
+    with pytest.raises(ConfigError, match=r"base\.py is a Python config, which train_net\.py reads, but a YAML file"):
+        load_config(tmp_path / "mine.yaml")
 
 
 @pytest.mark.parametrize(

@@ -6,9 +6,14 @@ import sys
 from pathlib import Path
 
 import pytest
+import yaml
+
+from xlearner_d2 import load_config
 
 ROOT = Path(__file__).resolve().parents[1]
 TESTED = {
+    "lazy/openmoji.py",
+    "lazy/real.py",
     "quick/openmoji.yaml",
     "quick/real.yaml",
     "transfer/openmoji12.yaml",
@@ -42,7 +47,7 @@ def photographs():
 
 def test_nothing_is_shipped_untested():
     configs = ROOT / "configs"
-    found = [path for folder in ("quick", "transfer") for path in (configs / folder).glob("*.yaml")]
+    found = [path for folder in ("lazy", "quick", "transfer") for path in (configs / folder).glob("*.*")]
     assert {str(path.relative_to(configs)) for path in found} == TESTED
 
 
@@ -53,6 +58,12 @@ def test_quick_openmoji(openmoji, tmp_path):
     assert done.stderr == ""
     assert "icons     classification" in done.stdout
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("name", ["openmoji", "real"])
+def test_lazy_configs_have_the_settings_of_the_quick_ones(name):
+    python, written = load_config(ROOT / f"configs/lazy/{name}.py"), load_config(ROOT / f"configs/quick/{name}.yaml")
+    assert yaml.safe_load(python.dump()) == yaml.safe_load(written.dump())
 
 
 def test_quick_real(photographs, tmp_path):

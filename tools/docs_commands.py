@@ -80,7 +80,7 @@ RULES = (
     Rule(pattern=r"tools/docs_example\.py$"),
     Rule(pattern=r"tools/(settings|reference|draw_stages)\.py$", add="--check"),
     Rule(pattern=r"prepare_openmoji\.py$", add="--scale 0.1"),
-    Rule(pattern=r"configs/quick/openmoji\.yaml$", add=SHORT),
+    Rule(pattern=r"configs/(quick/openmoji\.yaml|lazy/openmoji\.py)$", add=SHORT),
     # Others' programs, and names.
     Rule(
         pattern=r"^(python (train_net|tools/\w+)\.py|xlearner-d2 [a-z-]+)$",
@@ -103,9 +103,10 @@ RULES = (
     # What cannot be run here.
     Rule(pattern=r"tools/replay\.py", how="check", why="needs a failed step; tests/engine/test_failure.py makes one"),
     Rule(pattern=r"benchmarks/(run|soak)\.py", how="check", why=LONG),
-    Rule(pattern=r"configs/(quick/real|transfer/real12)", how="check", why=PHOTOGRAPHS),
+    Rule(pattern=r"configs/(quick/real|lazy/real|transfer/real12)", how="check", why=PHOTOGRAPHS),
     Rule(pattern=r"configs/transfer/paper12", how="check", why=PHOTOGRAPHS),
     Rule(pattern=r"XLEARNER\.SQUEEZE\.TEACHER output/expanded\.pth", how="check", why=LONG),
+    Rule(pattern=r"output/lazy/model_final\.pth", how="check", why="needs a run that tests/test_lazy.py makes"),
     Rule(pattern=r"NAME=PATH|FOLDER", how="check", why="has placeholders"),
     # Checks of its own.
     Rule(
@@ -125,6 +126,7 @@ RULES = (
         copy=("output/mine/expanded.pth", "output/before/expanded.pth"),
     ),
     Rule(pattern=r"XLEARNER\.STAGE expand XLEARNER\.SOURCES", add="--dry-run"),
+    Rule(pattern=r"configs/lazy/openmoji\.py --dry-run"),
     Rule(pattern=r"tools/docs_commands\.py", how="leave out", why="is what runs this"),
     Rule(pattern=r"train_net\.py --config-file mine\.yaml( --(dry-run|resume|eval-only))?$"),
     Rule(pattern=r"tools/(browse_data|export|report)\.py"),

@@ -145,11 +145,12 @@ def configs_page() -> str:
         ".": "Common",
         "heads": "Heads",
         "quick": "Runs",
+        "lazy": "Runs, written in Python",
         "transfer": "Suites and studies",
         "transfer/heads": "Heads of suites",
     }
     for folder, title in titles.items():
-        parts += [f"## {title}", *map(config_section, sorted((ROOT / "configs" / folder).glob("*.yaml")))]
+        parts += [f"## {title}", *map(config_section, sorted((ROOT / "configs" / folder).glob("*.*")))]
     return "\n\n".join(parts)
 
 

@@ -7,7 +7,8 @@ from typing import Any
 import detectron2
 import torch
 import yaml
-from detectron2.config import CfgNode, get_cfg
+from detectron2.config import CfgNode, LazyConfig, get_cfg
+from omegaconf import OmegaConf
 
 from .specs import ConfigError, nearest
 
@@ -248,7 +249,7 @@ def check_config_file(path: str | Path, *, derived: tuple[Path, ...] = ()) -> No
     if not path.is_file():
         raise ConfigError([f"There is no config file {path}."])
     if path.suffix == ".py":
-        raise ConfigError([f"{path} is a Python config (of Detectron2's lazy kind), but a YAML file is expected."])
+        raise ConfigError([f"{path} is a Python config, which train_net.py reads, but a YAML file is expected here."])
     if path.resolve() in derived:
         raise ConfigError([f"{path} is based on itself through _BASE_."])
     try:
@@ -282,19 +283,19 @@ def _decode(key: str, text: Any) -> Any:
 def _merge_free_overrides(cfg: CfgNode, opts: Sequence[str]) -> list[str]:
     """Apply the pairs that may set new keys, and return the others, as yacs accepts only keys that exist already.
 
-    These are ``XLEARNER.{SOURCES,DATASETS,BRANCHES}.name[.KEY]`` and ``TRANSFER.{SETS,PROTOCOLS}.name[.KEY]``, as a
-    record may leave keys at their defaults, and ``XLEARNER.SQUEEZE.SOLVER.KEY``.
+    These are ``XLEARNER.{SOURCES,DATASETS,PROBES,BRANCHES}.name[.KEY]`` and ``TRANSFER.{SETS,PROTOCOLS}.name[.KEY]``,
+    as a record may leave keys at their defaults, and ``XLEARNER.SQUEEZE.SOLVER.KEY``.
     """
     rest: list[str] = []
     for key, text in zip(opts[::2], opts[1::2], strict=True):
         match key.split("."):
-            case ["XLEARNER" as part, "SOURCES" | "DATASETS" as kind, name] | [
+            case ["XLEARNER" as part, "SOURCES" | "DATASETS" | "PROBES" as kind, name] | [
                 "TRANSFER" as part,
                 "SETS" | "PROTOCOLS" as kind,
                 name,
             ]:
                 cfg[part][kind][name] = _decode(key, text)
-            case ["XLEARNER" as part, "SOURCES" | "DATASETS" as kind, name, inner] | [
+            case ["XLEARNER" as part, "SOURCES" | "DATASETS" | "PROBES" as kind, name, inner] | [
                 "TRANSFER" as part,
                 "SETS" | "PROTOCOLS" as kind,
                 name,
@@ -335,19 +336,54 @@ def _check_known(cfg: CfgNode, opts: Sequence[str]) -> list[str]:
     return problems
 
 
+def default_config() -> CfgNode:
+    """Detectron2's config with the keys of this project, all at their defaults."""
+    cfg = get_cfg()
+    add_xlearner_config(cfg)
+    return cfg
+
+
+def read_python_settings(path: str | Path) -> CfgNode:
+    """Run a Python config, as Detectron2's LazyConfig does, and return its ``settings``.
+
+    Raises:
+        ConfigError: when the file is not there, fails, or has no settings.
+    """
+    if not Path(path).is_file():
+        raise ConfigError([f"There is no config file {path}."])
+    try:
+        found = LazyConfig.load(str(path))
+        settings = OmegaConf.to_container(found.settings, resolve=True) if "settings" in found else None
+    except ConfigError:
+        raise
+    except Exception as error:  # it may be anything, as the file is a program
+        raise ConfigError([f"{path}: {type(error).__name__}: {error}"]) from error
+    if not isinstance(settings, dict):
+        raise ConfigError([f"{path} should define 'settings', a dict with the keys of a YAML config."])
+    return CfgNode(settings)
+
+
 def load_config(config_file: str | Path, opts: Sequence[str] = ()) -> CfgNode:
     """Read a config file, then the overrides of the command line, into a new Detectron2 config.
+
+    Args:
+        config_file: YAML, which is read without running code; or Python (``.py``), which is run.
+        opts: keys and values in turn.
 
     Raises:
         ConfigError: for a missing, malformed or contradictory file and for unknown or ill-typed settings.
     """
-    cfg = get_cfg()
-    add_xlearner_config(cfg)
-    check_config_file(config_file)
+    cfg = default_config()
+    python = Path(config_file).suffix == ".py"
+    if not python:
+        check_config_file(config_file)
     try:
-        cfg.merge_from_file(str(config_file), allow_unsafe=True)  # checked above
+        if python:
+            cfg.merge_from_other_cfg(read_python_settings(config_file))
+        else:
+            cfg.merge_from_file(str(config_file), allow_unsafe=True)  # checked above
     except (KeyError, ValueError, AssertionError, yaml.YAMLError) as error:
-        raise ConfigError([f"{config_file}: {error}"]) from error
+        raise error if isinstance(error, ConfigError) else ConfigError([f"{config_file}: {error}"]) from error
     opts = list(opts)
     if len(opts) % 2:
         raise ConfigError([f"The settings after the options should be pairs of key and value, got {opts}."])
