@@ -1,5 +1,6 @@
 """What training costs, against what it has to cost: one function for each ratio that docs/SPEED.md reports."""
 
+import copy
 import itertools
 from argparse import Namespace
 from collections.abc import Callable, Mapping
@@ -18,6 +19,7 @@ from xlearner_d2.engine.optimizer import make_optimizer
 from xlearner_d2.modeling.distill import Distiller
 from xlearner_d2.modeling.expanded import build_branch, inference_mode_norm
 from xlearner_d2.modeling.heads import head_config
+from xlearner_d2.modeling.small_maps import multiply_small_maps
 from xlearner_d2.specs import SourceSpec
 
 Found = dict[str, dict[str, float]]
@@ -237,6 +239,30 @@ def exported_student(args: Namespace) -> Found:
     return {"bit-identical outputs": ratio(times["exported"], times["stock"])}
 
 
+def small_maps(args: Namespace) -> Found:
+    """A ResNet's step in bfloat16 on a CPU, with products for the convolutions of its last stages and without."""
+    found = {}
+    for depth, count, size in ((18, 40, 96), (18, 24, 96), (18, 16, 128), (50, 16, 96), (50, 4, 224)):
+        options = ("MODEL.RESNETS.DEPTH", depth, "MODEL.RESNETS.RES2_OUT_CHANNELS", 64 if depth < 50 else 256)
+        plain = build_branch(make_config(("classifier",), *options), out_features=("res2", "res3", "res4", "res5"))
+        plain.to(memory_format=torch.channels_last)
+        changed = copy.deepcopy(plain)
+        multiply_small_maps(changed)
+        images = torch.randn(count, 3, size, size).to(memory_format=torch.channels_last)
+        times = in_turn({"ours": _low_step(changed, images), "stock": _low_step(plain, images)}, rounds=args.rounds)
+        found[f"ResNet-{depth}, {count} images of {size} pixels"] = ratio(times["ours"], times["stock"])
+    return found
+
+
+def _low_step(network: torch.nn.Module, images: Tensor) -> Run:
+    def run() -> None:
+        with torch.autocast("cpu", torch.bfloat16):
+            features = network(images)
+        backward({stage: feature.float().square().mean() for stage, feature in features.items()})
+
+    return run
+
+
 RATIOS: dict[str, Callable[[Namespace], Found]] = {
     "one-source step": one_source_step,
     "expansion step": expansion_step,
@@ -245,4 +271,5 @@ RATIOS: dict[str, Callable[[Namespace], Found]] = {
     "memory": memory,
     "layers run again": layers_run_again,
     "exported student": exported_student,
+    "small maps": small_maps,
 }

@@ -15,6 +15,7 @@ from torch.nn import functional as F
 
 from .branches import Branch
 from .expanded import inference_mode_norm
+from .small_maps import multiply_small_maps
 from .xlearner import ImageGroup, SourceBatches, XLearner
 
 
@@ -223,6 +224,8 @@ class Distiller(nn.Module):
         shapes = {task: teacher.backbone.output_shape(task) for task in teacher.backbone.tasks}
         self.projectors = self._per_hint(shapes, self._projector)
         self.normalisers = self._per_hint(shapes, lambda stage, shape: NORMALISERS[normaliser](shape.channels))
+        if teacher.autocast_dtype is not None:
+            multiply_small_maps(self)
         self.to(teacher.device)
         self.to(memory_format=teacher.backbone.memory_format)
 

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from ..specs import ConfigError, SourceSpec, parse_sources
 from .expanded import ExpandedBackbone, build_expanded_backbone
 from .heads import build_head, derive_tasks, head_config
+from .small_maps import multiply_small_maps
 
 #: source name -> what its mapper made of this step's images
 SourceBatches = Mapping[str, list[dict[str, Any]]]
@@ -94,6 +95,8 @@ class XLearner(nn.Module):
         self.loss_weights = {source.name: source.loss_weight for source in sources}
         self.autocast_dtype = autocast_dtype
         self.log_prefix = ""
+        if autocast_dtype is not None:
+            multiply_small_maps(self)
         self.register_buffer("pixel_mean", torch.tensor(pixel_mean).view(-1, 1, 1), persistent=False)
         self.register_buffer("pixel_std", torch.tensor(pixel_std).view(-1, 1, 1), persistent=False)
 
