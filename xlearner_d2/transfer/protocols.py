@@ -30,6 +30,7 @@ from ..evaluation.build import build_evaluator
 from ..evaluation.probe import Labelled, extract_features, knn_probe, linear_probe
 from ..evaluation.trivial import trivial_metrics
 from ..modeling.heads import find_resnet, head_config
+from ..modeling.small_maps import multiply_small_maps
 from ..modeling.xlearner import cpu_autocast_dtype
 from ..specs import ConfigError, SourceSpec, nearest
 from .backbones import BackboneSpec, load_backbone
@@ -170,6 +171,8 @@ class _Autocast(nn.Module):
         super().__init__()
         self.model = model
         self.dtype = dtype
+        if dtype is not None:
+            multiply_small_maps(model)
 
     def forward(self, inputs: Any) -> Any:
         with torch.autocast("cpu", self.dtype, enabled=self.dtype is not None):
