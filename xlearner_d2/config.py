@@ -96,7 +96,7 @@ def add_xlearner_config(cfg: CfgNode) -> None:
     # Expanded checkpoint to squeeze; "" takes the one that the expand stage left in OUTPUT_DIR.
     q.TEACHER = ""
     # Start of the student: "random", a task's name (that branch), a ResNet checkpoint, or "" (the branch of the first
-    # source's task; random when the student is built otherwise).
+    # source of classes, else of the first source; random when the student is built otherwise).
     q.INIT = ""
     # Depth of the student, a ResNet as MODEL.RESNETS says otherwise; 0 takes that of the branches.
     q.DEPTH = 0

@@ -128,14 +128,24 @@ def test_online_squeeze_leaves_the_expansion_as_it_is(finished, project):
     assert "squeeze/loss_hint_detection" in (other.root / "out/expand/metrics.json").read_text()
 
 
-def test_student_may_start_from_a_branch(project):
-    without_extras(project).content["XLEARNER"]["SQUEEZE"]["SOLVER"]["BASE_LR"] = 1e-12
+@pytest.mark.parametrize(
+    ("first", "opts", "start"),
+    [
+        ("pics", ["XLEARNER.SQUEEZE.INIT", "detection"], "detection"),
+        ("boxes", [], "classification"),  # by default that of a source of classes, whichever comes first
+        ("boxes", ["XLEARNER.SOURCES.pics", "null"], "detection"),
+    ],
+)
+def test_where_the_student_starts(project, first, opts, start):
+    content = without_extras(project).content["XLEARNER"]
+    content["SQUEEZE"]["SOLVER"]["BASE_LR"] = 1e-12
+    content["SOURCES"][f"a_{first}"] = content["SOURCES"].pop(first)  # the file that is written sorts its keys
     project.write(project.content)
-    project.run("XLEARNER.SQUEEZE.INIT", "detection")
+    project.run(*opts)
     expanded, student = (weights(project.root / "out" / name) for name in ("expanded.pth", "student_d2.pth"))
     for name, value in student.items():
         if not name.endswith(("running_mean", "running_var")):
-            torch.testing.assert_close(value, expanded[f"backbone.branches.detection.{name}"], rtol=0, atol=1e-9)
+            torch.testing.assert_close(value, expanded[f"backbone.branches.{start}.{name}"], rtol=0, atol=1e-9)
 
 
 def test_dry_run_tells_the_plan_and_writes_nothing(project):

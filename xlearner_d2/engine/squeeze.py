@@ -182,7 +182,7 @@ def build_student(plan: Plan, teacher: XLearner) -> Branch:
 
 def initialise_student(student: Branch, plan: Plan, teacher: XLearner) -> None:
     """Start the student as ``XLEARNER.SQUEEZE.INIT`` says."""
-    start = plan.cfg.XLEARNER.SQUEEZE.INIT or _fitting_branch(student, teacher)
+    start = plan.cfg.XLEARNER.SQUEEZE.INIT or _fitting_branch(student, plan, teacher)
     if start in teacher.backbone.tasks:
         branch = teacher.backbone.branch(teacher.backbone.branch_of[start])
         load_strictly(student, branch.state_dict(), path=f"of branch {start} (XLEARNER.SQUEEZE.INIT)")
@@ -192,9 +192,13 @@ def initialise_student(student: Branch, plan: Plan, teacher: XLearner) -> None:
         logger.info(f"Starting the student from {start}: {report}.")
 
 
-def _fitting_branch(student: Branch, teacher: XLearner) -> str:
-    """The task of the first source, or "random" where its branch is not built as the student is."""
-    task = teacher.backbone.tasks[0]
+def _fitting_branch(student: Branch, plan: Plan, teacher: XLearner) -> str:
+    """The task of the first source of classes, or of the first source; "random" where its branch is built otherwise.
+
+    Classes take longest to learn: a student that starts elsewhere has to begin them anew (docs/RESULTS.md).
+    """
+    classes = [s.task for s in plan.sources if plan.heads[s.name].MODEL.META_ARCHITECTURE == "ImageClassifier"]
+    task = next(iter(classes), teacher.backbone.tasks[0])
     branch = teacher.backbone.branch(teacher.backbone.branch_of[task])
     return task if shapes(branch) == shapes(student) else "random"
 
