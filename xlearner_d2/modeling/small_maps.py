@@ -118,9 +118,11 @@ def _kind(images: Tensor, weight: Tensor, stride: tuple[int, int], padding: tupl
     number, channels, *size = images.shape
     rows, columns = ((size[axis] + 2 * padding[axis] - weight.shape[2 + axis]) // stride[axis] + 1 for axis in range(2))
     pairs, positions = len(weight) * channels, number * rows * columns
-    if 0 < positions <= ALL_POSITIONS and pairs >= ALL_PAIRS:
+    if min(number, rows, columns) < 1:  # no images, or a kernel larger than they are, which PyTorch complains about
+        return None
+    if positions <= ALL_POSITIONS and pairs >= ALL_PAIRS:
         return "whole"
-    if 0 < positions <= WEIGHT_POSITIONS and (pairs >= WEIGHT_PAIRS or rows * columns == 1):
+    if positions <= WEIGHT_POSITIONS and (pairs >= WEIGHT_PAIRS or rows * columns == 1):
         return "weight"
     return None
 
