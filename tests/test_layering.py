@@ -14,6 +14,7 @@ ROOT = Path(__file__).resolve().parents[1] / PACKAGE
 ALLOWED: dict[str, set[str]] = {
     "": {"_quiet", "config", "modeling", "library"},
     "library": {"engine", "exports"},
+    "lazy": {"specs", "config", "modeling", "engine"},
     "_quiet": set(),
     "specs": set(),
     "labels": set(),
@@ -51,8 +52,9 @@ ALLOWED: dict[str, set[str]] = {
         "modeling.timm_backbone",
     },
     "modeling.weighting": set(),
-    "modeling.xlearner": {"specs", "modeling.expanded", "modeling.heads"},
-    "modeling.distill": {"modeling.branches", "modeling.expanded", "modeling.xlearner"},
+    "modeling.small_maps": set(),
+    "modeling.xlearner": {"specs", "modeling.expanded", "modeling.heads", "modeling.small_maps"},
+    "modeling.distill": {"modeling.branches", "modeling.expanded", "modeling.small_maps", "modeling.xlearner"},
     "modeling.plug_in": {
         "specs",
         "config",
