@@ -13,6 +13,23 @@ OPTIMIZERS = ("SGD", "AdamW")
 OVERRIDES = {"log_variance": {"weight_decay": 0.0}}
 
 
+class AdamW(torch.optim.AdamW):
+    """PyTorch's, whose fused step on CPUs copies every tensor that is channels last in memory, there and back."""
+
+    def _init_group(self, group: dict[str, Any], *lists: Any) -> Any:
+        found = super()._init_group(group, *lists)
+        parameters, gradients, averages, squares, *_ = lists
+        for index, parameter in enumerate(parameters):
+            if parameter.device.type == "cpu" and not parameter.is_contiguous() and _is_channels_last(parameter):
+                for tensors in (parameters, gradients, averages, squares):
+                    tensors[index] = tensors[index].permute(0, 2, 3, 1)  # the same numbers, contiguous
+        return found
+
+
+def _is_channels_last(tensor: Tensor) -> bool:
+    return tensor.dim() == 4 and tensor.is_contiguous(memory_format=torch.channels_last)
+
+
 def make_optimizer(cfg: CfgNode, model: nn.Module) -> torch.optim.Optimizer:
     """The optimiser that ``cfg.SOLVER.OPTIMIZER`` names, with the other keys of ``SOLVER`` as in Detectron2.
 
@@ -34,7 +51,7 @@ def make_optimizer(cfg: CfgNode, model: nn.Module) -> torch.optim.Optimizer:
         momentum, nesterov = solver.MOMENTUM, solver.NESTEROV
         optimizer = torch.optim.SGD(groups, lr=solver.BASE_LR, momentum=momentum, nesterov=nesterov, fused=True)
     else:
-        optimizer = torch.optim.AdamW(groups, lr=solver.BASE_LR, fused=True)
+        optimizer = AdamW(groups, lr=solver.BASE_LR, fused=True)
     if solver.CLIP_GRADIENTS.ENABLED:
         optimizer.register_step_pre_hook(_clipping(solver.CLIP_GRADIENTS))
     return optimizer
