@@ -162,6 +162,10 @@ def add_head_config(cfg: CfgNode) -> None:
     # head. Test images are mapped as Detectron2 maps them.
     cfg.INPUT.MAPPER = ""
 
+    # Strength of brightness, contrast and saturation changes of training images with boxes, masks or label maps.
+    # Detectron2 has none; those of images with a label of their own are INPUT.CLASSIFICATION.COLOR_JITTER.
+    cfg.INPUT.COLOR_JITTER = 0.0
+
     # A model of timm instead of the ResNet, such as "convnext_tiny": that of all branches and of the student, or that
     # of build_timm_backbone and its like in other configs. "" for the ResNet.
     cfg.MODEL.BACKBONE.TIMM = ""

@@ -12,6 +12,8 @@ from detectron2.data import transforms as T
 from detectron2.utils.file_io import PathManager
 from PIL import Image
 
+from .stock_mapper import build_stock_mapper
+
 Record = dict[str, Any]
 
 
@@ -67,7 +69,7 @@ class DepthMapper:
 
 def build_depth_mapper(head: CfgNode, *, is_train: bool) -> DatasetMapper | DepthMapper:
     """In training, image and depth with the augmentation that Detectron2's mapper would use; else the image alone."""
-    stock = DatasetMapper(head, is_train=is_train)
+    stock = build_stock_mapper(head, is_train=is_train)
     if not is_train:
         return stock
     return DepthMapper(augmentations=stock.augmentations.augs, image_format=head.INPUT.FORMAT)

@@ -13,7 +13,6 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 from detectron2.config import CfgNode
-from detectron2.data import DatasetMapper
 from detectron2.utils.registry import locate
 
 from ..specs import ConfigError
@@ -22,6 +21,7 @@ from .classification import build_classification_mapper
 from .depth import build_depth_mapper
 from .panoptic import build_panoptic_deeplab_mapper, build_panoptic_mapper
 from .rotated import RotatedMapper, has_rotated_boxes
+from .stock_mapper import build_stock_mapper, with_color_jitter
 
 Record = dict[str, Any]
 Mapper = Callable[[Record], Record]
@@ -55,7 +55,10 @@ def build_mapper(head: CfgNode, *, is_train: bool) -> Mapper:
 
 
 def _detectron2_mapper(head: CfgNode, *, is_train: bool) -> Mapper:
-    return (RotatedMapper if has_rotated_boxes(head) else DatasetMapper)(head, is_train=is_train)
+    if not has_rotated_boxes(head):
+        return build_stock_mapper(head, is_train=is_train)
+    mapper = RotatedMapper(head, is_train=is_train)
+    return with_color_jitter(mapper, head.INPUT.COLOR_JITTER) if is_train else mapper
 
 
 def _third_party_mapper(head: CfgNode) -> Mapper:

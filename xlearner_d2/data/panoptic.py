@@ -6,13 +6,14 @@ from typing import Any
 import numpy as np
 import torch
 from detectron2.config import CfgNode
-from detectron2.data import DatasetMapper, MetadataCatalog
+from detectron2.data import MetadataCatalog
 from detectron2.data import detection_utils as utils
 from detectron2.data import transforms as T
 from detectron2.structures import BitMasks, Instances
 
 from ..extensions import rgb2id
 from ..labels import PanopticLabels
+from .stock_mapper import build_stock_mapper, with_color_jitter
 
 Record = dict[str, Any]
 
@@ -74,7 +75,7 @@ class PanopticMapper:
 
 def build_panoptic_mapper(head: CfgNode, *, is_train: bool) -> Callable[[Record], Record]:
     """For PanopticFPN: of records with a panoptic PNG, or of Detectron2's "separated" ones, with its own mapper."""
-    stock = DatasetMapper(head, is_train=is_train)
+    stock = build_stock_mapper(head, is_train=is_train)
     metadata = MetadataCatalog.get(head.DATASETS.TRAIN[0])
     labels = PanopticLabels.of(metadata)
     if not is_train or labels is None:
@@ -102,7 +103,7 @@ class _ByRecord:
 def build_panoptic_deeplab_mapper(head: CfgNode, *, is_train: bool) -> Callable[[Record], Record]:
     """Panoptic-DeepLab's own."""
     if not is_train:
-        return DatasetMapper(head, is_train=False)
+        return build_stock_mapper(head, is_train=False)
     from detectron2.projects.panoptic_deeplab import PanopticDeeplabDatasetMapper
 
-    return PanopticDeeplabDatasetMapper(head)
+    return with_color_jitter(PanopticDeeplabDatasetMapper(head), head.INPUT.COLOR_JITTER)

@@ -1,0 +1,30 @@
+"""Detectron2's own mapper, with the colour changes that it has no setting for."""
+
+from typing import Any, TypeVar
+
+from detectron2.config import CfgNode
+from detectron2.data import DatasetMapper
+from detectron2.data import transforms as T
+
+#: A mapper that keeps what it applies to an image in ``augmentations``, as Detectron2's do.
+AnyMapper = TypeVar("AnyMapper", bound=Any)
+
+
+def build_stock_mapper(head: CfgNode, *, is_train: bool) -> DatasetMapper:
+    """The mapper that Detectron2 would use, with ``INPUT.COLOR_JITTER`` in training."""
+    mapper = DatasetMapper(head, is_train=is_train)
+    return with_color_jitter(mapper, head.INPUT.COLOR_JITTER) if is_train else mapper
+
+
+def with_color_jitter(mapper: AnyMapper, strength: float) -> AnyMapper:
+    """Add changes of brightness, contrast and saturation to what a mapper does already.
+
+    Args:
+        mapper: changed in place, and returned.
+        strength: each factor is drawn from 1 - strength to 1 + strength; 0 adds nothing.
+    """
+    if strength:
+        least, most = max(0.0, 1 - strength), 1 + strength
+        changes = [kind(least, most) for kind in (T.RandomBrightness, T.RandomContrast, T.RandomSaturation)]
+        mapper.augmentations = T.AugmentationList([*mapper.augmentations.augs, *changes])
+    return mapper
