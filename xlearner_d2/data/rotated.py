@@ -8,8 +8,12 @@ from detectron2.config import CfgNode
 from detectron2.data import DatasetMapper
 from detectron2.data import detection_utils as utils
 from detectron2.structures import BoxMode
+from fvcore.transforms.transform import BlendTransform
 
 Record = dict[str, Any]
+
+# Detectron2 tells how a rotated box is resized and flipped, and not that changes of colour leave it where it is.
+BlendTransform.register_type("rotated_box", lambda transform, boxes: boxes)
 
 
 def has_rotated_boxes(head: CfgNode) -> bool:
