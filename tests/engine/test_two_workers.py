@@ -113,9 +113,10 @@ def assert_close(found, wanted, *, tolerance=1e-6, least=0.0):
 
 
 def test_gradients_are_those_of_the_joint_batch(build, make_batches, in_two):
-    """In all four kinds of sharing, and for hints and labels in the squeeze."""
+    """In all four kinds of sharing, of networks of timm, and for hints and labels in the squeeze."""
     batches = make_batches(count=2)
     models = {sharing: build("XLEARNER.SHARING", sharing, boxes=RPN) for sharing in SHARING}
+    models["timm"] = build("MODEL.BACKBONE.TIMM", "test_convnext2", boxes=RPN)
     learner = build("XLEARNER.SHARING", "shared", boxes=RPN)
     models["squeeze"] = Distiller(
         student=learner.backbone.branch(TRUNK),

@@ -237,6 +237,7 @@ def test_a_head_that_learns_something_else_is_refused(tiny: TinySuite) -> None:
         (("INPUT.RANDOM_FLIP", "horizontal"), False),
         (("INPUT.MIN_SIZE_TRAIN", [48, 64]), False),
         (("INPUT.CROP.ENABLED", True), False),
+        (("INPUT.COLOR_JITTER", 0.4), False),
     ],
 )
 def test_only_what_is_always_the_same_is_kept(tiny: TinySuite, opts: tuple[Any, ...], expected: bool) -> None:

@@ -253,7 +253,8 @@ def _is_deterministic(cfg: CfgNode) -> bool:
     if cfg.MODEL.META_ARCHITECTURE == "ImageClassifier":
         return False
     options = cfg.INPUT
-    return options.RANDOM_FLIP == "none" and len(options.MIN_SIZE_TRAIN) == 1 and not options.CROP.ENABLED
+    changes = options.RANDOM_FLIP != "none" or len(options.MIN_SIZE_TRAIN) > 1 or options.CROP.ENABLED
+    return not (changes or options.COLOR_JITTER)
 
 
 class Mapped(Dataset[dict[str, Any]]):

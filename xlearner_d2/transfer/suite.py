@@ -123,12 +123,14 @@ class Suite:
 
     def _common(self, spec: SetSpec) -> dict[str, Any]:
         names = sorted({*spec.train, spec.test})
+        timm = self.cfg.MODEL.BACKBONE.TIMM
         return {
             "set": {key: value for key, value in asdict(spec).items() if key != "protocols"},
             "data": {name: _given(self.datasets[name]) for name in names if name in self.datasets},
             "resnets": self.cfg.MODEL.RESNETS,
             "input": [self.cfg.INPUT.FORMAT, self.cfg.MODEL.PIXEL_MEAN, self.cfg.MODEL.PIXEL_STD],
             "amp": self.cfg.SOLVER.AMP.ENABLED,
+            **({"timm": timm} if timm else {}),
         }
 
 
