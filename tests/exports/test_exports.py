@@ -1,7 +1,10 @@
 """The student in other libraries: same features there, conventions in the file, clear refusals, a true model card."""
 
 import json
+import os
 import pickle
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -89,6 +92,28 @@ def test_timm_makes_the_model_from_the_folder_alone(weights: Path, tmp_path: Pat
     with torch.no_grad():
         found = model.forward_features(images)
     assert close(found, load_student(weights).features(rgb_images())["res5"])
+
+
+def test_timm_makes_the_model_as_from_the_hub(weights: Path, tmp_path: Path) -> None:
+    """The folder stands where the hub's client keeps what it has fetched of USER/NAME; nothing is fetched."""
+    revision = "0" * 40
+    cached = tmp_path / "hub" / "models--me--mine"
+    (cached / "refs").mkdir(parents=True)
+    (cached / "refs" / "main").write_text(revision)
+    export(weights, to="timm", output=cached / "snapshots" / revision)
+    code = (
+        "import sys, timm, torch\n"
+        "model = timm.create_model('hf_hub:me/mine', pretrained=True, features_only=True).eval()\n"
+        "torch.save(model(torch.load(sys.argv[1]))[-1].detach(), sys.argv[2])\n"
+    )
+    images = rgb_images() / 255
+    normalised = torchvision.transforms.Normalize((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))(images)
+    torch.save(normalised, tmp_path / "images.pt")
+    environment = {**os.environ, "HF_HOME": str(tmp_path), "HF_HUB_CACHE": str(tmp_path / "hub"), "HF_HUB_OFFLINE": "1"}
+    files = [str(tmp_path / "images.pt"), str(tmp_path / "found.pt")]
+    subprocess.run([sys.executable, "-c", code, *files], check=True, env=environment)
+    own = load_student(weights).features(rgb_images())["res5"]
+    assert close(torch.load(tmp_path / "found.pt"), own)
 
 
 def test_onnx_takes_images_of_any_number_and_size(weights: Path, tmp_path: Path) -> None:
