@@ -15,7 +15,7 @@ from timing import Run, in_turn, kept_bytes, ratio
 from torch import Tensor
 
 from xlearner_d2 import XLearner
-from xlearner_d2.engine.optimizer import make_optimizer
+from xlearner_d2.engine.optimizer import AdamW, make_optimizer
 from xlearner_d2.modeling.distill import Distiller
 from xlearner_d2.modeling.expanded import build_branch, inference_mode_norm
 from xlearner_d2.modeling.heads import head_config
@@ -254,6 +254,19 @@ def small_maps(args: Namespace) -> Found:
     return found
 
 
+def optimiser(args: Namespace) -> Found:
+    """AdamW as it is here against PyTorch's fused one, on the weights of a ResNet that are channels last in memory."""
+    cfg = make_config(("classifier",), "MODEL.RESNETS.DEPTH", 18, "MODEL.RESNETS.RES2_OUT_CHANNELS", 64)
+    runs = {}
+    for name, kind in (("ours", AdamW), ("stock", torch.optim.AdamW)):
+        network = build_branch(cfg, out_features=("res5",)).to(memory_format=torch.channels_last)
+        for parameter in network.parameters():
+            parameter.grad = torch.randn_like(parameter)
+        runs[name] = kind(network.parameters(), lr=1e-3, fused=True).step
+    times = in_turn(runs, rounds=2 * args.rounds)
+    return {"AdamW": ratio(times["ours"], times["stock"])}
+
+
 def _low_step(network: torch.nn.Module, images: Tensor) -> Run:
     def run() -> None:
         with torch.autocast("cpu", torch.bfloat16):
@@ -272,4 +285,5 @@ RATIOS: dict[str, Callable[[Namespace], Found]] = {
     "layers run again": layers_run_again,
     "exported student": exported_student,
     "small maps": small_maps,
+    "optimiser": optimiser,
 }
