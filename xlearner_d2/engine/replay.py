@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from detectron2.config import CfgNode, get_cfg
+from detectron2.config import CfgNode
 from detectron2.modeling import build_model
 from detectron2.utils.events import EventStorage
 from tabulate import tabulate
@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from ..checkpoint.load import load_strictly
-from ..config import add_xlearner_config
+from ..config import default_config
 from ..modeling import XLearner
 from .failure import Failure
 from .plan import Plan, make_plan
@@ -86,8 +86,7 @@ def _images(batch: Any) -> Iterator[str]:
 
 
 def _plan(failure: Failure) -> Plan:
-    cfg = get_cfg()
-    add_xlearner_config(cfg)
+    cfg = default_config()
     cfg.merge_from_other_cfg(CfgNode.load_cfg(failure.config))
     cfg.XLEARNER.CHECK_IMAGES = 0
     return make_plan(cfg, world_size=failure.world_size)
