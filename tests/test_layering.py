@@ -27,7 +27,8 @@ ALLOWED: dict[str, set[str]] = {
     "data.builtin": {"specs", "data.problems", "data.files", "data.builtin"},
     "data.check": {"data.problems", "data.files", "data.check_pixels"},
     "data.check_pixels": {"extensions", "data.depth"},
-    "data.sources": {"specs", "data.builtin", "data.check", "data.proposals"},
+    "data.sources": {"specs", "data.builtin", "data.check", "data.proposals", "data.subset"},
+    "data.subset": set(),
     "data.mappers": {
         "specs",
         "data.files",

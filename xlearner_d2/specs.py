@@ -110,6 +110,7 @@ class SourceSpec:
         config: the Detectron2 config whose model becomes this source's head; a file or a model-zoo path.
         train: names of registered data sets, concatenated; needed unless the source is frozen (``XLEARNER.FREEZE``).
         test: names of registered data sets, evaluated one by one.
+        train_share: of the training images this share, drawn by ``SEED``; of each class where every image has one.
         ims_per_batch: images of this source in each step, over all workers.
         loss_weight: factor on every loss of this source.
         sampler: shuffle (each image once an epoch), class_aware (all classes equally often), repeat_factor (images of
@@ -122,6 +123,7 @@ class SourceSpec:
     config: str
     train: tuple[str, ...] = ()
     test: tuple[str, ...] = ()
+    train_share: float = 1.0
     ims_per_batch: int = 16
     loss_weight: float = 1.0
     sampler: str = ""
@@ -266,6 +268,8 @@ def _check_source(spec: SourceSpec, where: str, world_size: int, *, frozen: bool
     if spec.ims_per_batch < 1 or spec.ims_per_batch % world_size:
         workers = f" that {world_size} workers can share evenly" if world_size > 1 else ""
         problems.append(f"{where}.IMS_PER_BATCH is {spec.ims_per_batch}, but a positive number{workers} is expected.")
+    if not 0 < spec.train_share <= 1:
+        problems.append(f"{where}.TRAIN_SHARE is {spec.train_share}, but more than 0 and at most 1 is expected.")
     if not 0 <= spec.loss_weight < float("inf"):
         problems.append(f"{where}.LOSS_WEIGHT is {spec.loss_weight}, but a finite number of at least 0 is expected.")
     if spec.sampler and spec.sampler not in SAMPLERS:

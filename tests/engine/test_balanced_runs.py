@@ -49,6 +49,17 @@ def test_idle_parameters_stay_bit_for_bit(project, workers):
     assert {"loss_hint_classification", "boxes/loss_mask"} <= set().union(*lines)
 
 
+def test_a_share_of_the_images_is_trained_on_and_all_are_tested_on(project, monkeypatch):
+    monkeypatch.setenv("DETECTRON2_DATASETS", str(project.root / "data"))
+    chosen = {}
+    for seed in (0, 1):
+        plan = make_plan(project.load("XLEARNER.SOURCES.boxes.TRAIN_SHARE", 0.5, "SEED", seed), world_size=1)
+        chosen[seed] = {record["file_name"] for record in plan.data["boxes"].train}
+        assert [len(data.train) for data in plan.data.values()] == [4 if name == "boxes" else 8 for name in plan.data]
+        assert {len(records) for data in plan.data.values() for records in data.test.values()} == {8}
+    assert chosen[0] != chosen[1]
+
+
 def test_shares_and_turns_are_in_the_plan(project):
     total = ["XLEARNER.SAMPLING.IMS_PER_BATCH", 12]
     plan = project.dry_run(*total)

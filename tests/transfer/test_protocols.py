@@ -16,6 +16,7 @@ from tiny_suite import TinySuite, fine_tune, one_set
 from torch import Tensor
 
 from xlearner_d2 import add_xlearner_config
+from xlearner_d2.data.subset import random_share
 from xlearner_d2.evaluation.probe import extract_features, linear_probe
 from xlearner_d2.specs import ConfigError
 from xlearner_d2.transfer import protocols
@@ -168,24 +169,8 @@ def test_only_the_share_is_trained_on(tiny: TinySuite, suite: Suite, monkeypatch
     _, details = run(suite, "dense_half", backbone(tiny, "student"), seed=1)
     trained = seen[:8]  # two steps of four; then the eight test images
     assert details["num_train"] == 4
-    assert sorted(trained) == sorted(2 * protocols._share(8, 0.5, seed=1))
+    assert sorted(trained) == sorted(2 * random_share(8, 0.5, seed=1))
     assert sorted(seen[8:]) == list(range(8))
-
-
-@settings(deadline=None)
-@given(st.integers(1, 60), st.floats(0.001, 1), st.integers(0, 5))
-def test_share_is_a_random_part(size: int, share: float, seed: int) -> None:
-    chosen = protocols._share(size, share, seed=seed)
-    assert len(chosen) == max(1, round(size * share))
-    assert sorted({*chosen}) == chosen
-    assert 0 <= chosen[0] <= chosen[-1] < size
-    assert chosen == protocols._share(size, share, seed=seed)
-
-
-def test_shares_of_one_seed_are_nested() -> None:
-    """So that a curve over shares is one of more data, not of other data."""
-    small, large = ({*protocols._share(100, share, seed=2)} for share in (0.1, 0.5))
-    assert small < large
 
 
 def test_a_metric_that_evaluation_lacks_is_an_error(tiny: TinySuite, suite: Suite) -> None:

@@ -13,6 +13,7 @@ from ..specs import ConfigError, ProbeSpec, SourceSpec, nearest, parse_datasets
 from .builtin import dataset_root, register_datasets
 from .check import check_records, check_same_classes
 from .proposals import proposal_files, with_proposals
+from .subset import share_of_records
 
 Records = list[dict[str, Any]]
 
@@ -109,12 +110,13 @@ def _advice(error: Exception) -> str:
     return ""
 
 
-def source_data(source: SourceSpec, head: CfgNode, records: Mapping[str, Records]) -> SourceData:
+def source_data(source: SourceSpec, head: CfgNode, records: Mapping[str, Records], *, seed: int) -> SourceData:
     """What a source's head learns from and is tested on.
 
     Args:
         head: the config of the source's head.
         records: by data set.
+        seed: of what ``TRAIN_SHARE`` draws.
 
     Raises:
         ConfigError: when proposals are missing, or no image has what the head learns from.
@@ -124,8 +126,9 @@ def source_data(source: SourceSpec, head: CfgNode, records: Mapping[str, Records
     def read(name: str, files: Mapping[str, str]) -> Records:
         return with_proposals(name, records[name], files[name]) if files else records[name]
 
+    train = [record for name in source.train for record in read(name, train_files)]
     return SourceData(
-        train=_usable([record for name in source.train for record in read(name, train_files)], source, head),
+        train=share_of_records(_usable(train, source, head), source.train_share, seed=seed),
         test={name: read(name, test_files) for name in source.test},
     )
 

@@ -267,7 +267,7 @@ def make_plan(cfg: CfgNode, *, world_size: int) -> Plan:
     for source in sources:
         with _collect(problems):
             heads[source.name] = head_config(source, cfg)
-            data[source.name] = source_data(source, heads[source.name], records)
+            data[source.name] = source_data(source, heads[source.name], records, seed=max(cfg.SEED, 0))
     if problems:
         raise ConfigError(problems)
     drawn = {

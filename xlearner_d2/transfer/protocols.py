@@ -25,6 +25,7 @@ from torch.utils.data import DataLoader, Dataset
 from ..data.mappers import SourceMapper, build_mapper
 from ..data.samplers import JointSampler
 from ..data.streams import Shuffled
+from ..data.subset import random_share
 from ..engine.trainer import StepSeed, build_step_trainer
 from ..evaluation.build import build_evaluator
 from ..evaluation.probe import Labelled, extract_features, knn_probe, linear_probe
@@ -54,7 +55,7 @@ def run_protocol(
     if protocol.kind == "fine_tune":
         return fine_tune(suite, spec, protocol, backbone, seed=seed)
     train, test = _features(suite, spec, protocol, backbone, seed=seed, cache=cache)
-    rows = _share(len(train[1]), protocol.train_share, seed=seed)
+    rows = random_share(len(train[1]), protocol.train_share, seed=seed)
     train = (train[0][rows], train[1][rows])
     value, details = _probe(protocol, train, test, images_per_class=protocol.images_per_class, seed=seed)
     curve = [[n, _probe(protocol, train, test, images_per_class=n, seed=seed)[0]] for n in protocol.curve]
@@ -206,14 +207,6 @@ class _LossCurve(HookBase):
             self.values.append(round(get_event_storage().latest()["total_loss"][0], 4))
 
 
-def _share(size: int, share: float, *, seed: int) -> list[int]:
-    """A random share of the indices below ``size``, at least one, in order."""
-    if share == 1:
-        return list(range(size))
-    count = max(1, round(share * size))
-    return sorted(np.random.default_rng(seed).permutation(size)[:count].tolist())
-
-
 def fine_tune(
     suite: Suite, spec: SetSpec, protocol: ProtocolSpec, backbone: BackboneSpec, *, seed: int
 ) -> tuple[float, dict[str, Any]]:
@@ -225,7 +218,7 @@ def fine_tune(
     _install(model, backbone, suite, source, cfg, seed=seed)
     wrapped = _Autocast(model, cpu_autocast_dtype(suite.cfg))
     train, test = read_mapped(suite, spec, protocol)
-    chosen = _share(len(train), protocol.train_share, seed=seed)
+    chosen = random_share(len(train), protocol.train_share, seed=seed)
     batches = _Batches(train, chosen, batch_size=protocol.ims_per_batch, seed=seed)
     curve = _train(wrapped, cfg, suite.cfg, batches, seed=seed)
     result = _evaluate(wrapped, spec, test, batch_size=protocol.ims_per_batch)
