@@ -81,9 +81,7 @@ RULES = (
     Rule(pattern=r"tools/(settings|reference|draw_stages)\.py$", add="--check"),
     Rule(pattern=r"prepare_openmoji\.py$", add="--scale 0.1"),
     Rule(pattern=r"configs/quick/openmoji\.yaml$", add=SHORT),
-    Rule(
-        pattern=r"configs/lazy/openmoji\.py$", add=f"{SHORT} OUTPUT_DIR output/lazy"
-    ),  # beside that
+    Rule(pattern=r"configs/lazy/openmoji\.py$", add=f"{SHORT} OUTPUT_DIR output/lazy"),  # beside that
     # Others' programs, and names.
     Rule(
         pattern=r"^(python (train_net|tools/\w+)\.py|xlearner-d2 [a-z-]+)$",
