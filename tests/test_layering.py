@@ -21,7 +21,7 @@ ALLOWED: dict[str, set[str]] = {
     "extensions": {"specs"},
     "config": {"specs"},
     "data": {"specs", "data.problems", "data.files", "data.stock_mapper", "labels", "extensions"},
-    "data.stock_mapper": set(),
+    "data.stock_mapper": {"specs"},
     "data.problems": set(),
     "data.files": set(),
     "data.builtin": {"specs", "data.problems", "data.files", "data.builtin"},

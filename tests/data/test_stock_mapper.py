@@ -11,6 +11,7 @@ from PIL import Image
 
 from xlearner_d2 import add_xlearner_config
 from xlearner_d2.data.mappers import build_mapper
+from xlearner_d2.specs import ConfigError
 
 GREY, SIDE = 120, 16
 
@@ -58,6 +59,12 @@ def test_test_images_keep_their_colours(record: dict[str, Any], opts: list[Any])
 
 def test_without_it_training_images_keep_their_colours(record: dict[str, Any]) -> None:
     assert (build_mapper(head(), is_train=True)(dict(record))["image"] == GREY).all()
+
+
+@pytest.mark.parametrize("strength", [-0.1, float("nan")])
+def test_wrong_strength(strength: float) -> None:
+    with pytest.raises(ConfigError, match=rf"INPUT\.COLOR_JITTER is {strength}, but a finite number of at least 0"):
+        build_mapper(head("INPUT.COLOR_JITTER", strength), is_train=True)
 
 
 def test_boxes_are_as_without_it(record: dict[str, Any]) -> None:

@@ -6,6 +6,8 @@ from detectron2.config import CfgNode
 from detectron2.data import DatasetMapper
 from detectron2.data import transforms as T
 
+from ..specs import ConfigError
+
 #: A mapper that keeps what it applies to an image in ``augmentations``, as Detectron2's do.
 AnyMapper = TypeVar("AnyMapper", bound=Any)
 
@@ -22,7 +24,12 @@ def with_color_jitter(mapper: AnyMapper, strength: float) -> AnyMapper:
     Args:
         mapper: changed in place, and returned.
         strength: each factor is drawn from 1 - strength to 1 + strength; 0 adds nothing.
+
+    Raises:
+        ConfigError: when it is negative.
     """
+    if not 0 <= strength < float("inf"):
+        raise ConfigError([f"INPUT.COLOR_JITTER is {strength}, but a finite number of at least 0 is expected."])
     if strength:
         least, most = max(0.0, 1 - strength), 1 + strength
         changes = [kind(least, most) for kind in (T.RandomBrightness, T.RandomContrast, T.RandomSaturation)]
