@@ -13,6 +13,7 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 from detectron2.config import CfgNode
+from detectron2.data import DatasetMapper
 from detectron2.utils.registry import locate
 
 from ..specs import ConfigError
@@ -21,7 +22,7 @@ from .classification import build_classification_mapper
 from .depth import build_depth_mapper
 from .panoptic import build_panoptic_deeplab_mapper, build_panoptic_mapper
 from .rotated import RotatedMapper, has_rotated_boxes
-from .stock_mapper import build_stock_mapper, with_color_jitter
+from .stock_mapper import build_stock_mapper
 
 Record = dict[str, Any]
 Mapper = Callable[[Record], Record]
@@ -55,10 +56,8 @@ def build_mapper(head: CfgNode, *, is_train: bool) -> Mapper:
 
 
 def _detectron2_mapper(head: CfgNode, *, is_train: bool) -> Mapper:
-    if not has_rotated_boxes(head):
-        return build_stock_mapper(head, is_train=is_train)
-    mapper = RotatedMapper(head, is_train=is_train)
-    return with_color_jitter(mapper, head.INPUT.COLOR_JITTER) if is_train else mapper
+    kind = RotatedMapper if has_rotated_boxes(head) else DatasetMapper
+    return build_stock_mapper(head, is_train=is_train, kind=kind)
 
 
 def _third_party_mapper(head: CfgNode) -> Mapper:

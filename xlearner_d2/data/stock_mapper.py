@@ -12,9 +12,9 @@ from ..specs import ConfigError
 AnyMapper = TypeVar("AnyMapper", bound=Any)
 
 
-def build_stock_mapper(head: CfgNode, *, is_train: bool) -> DatasetMapper:
-    """The mapper that Detectron2 would use, with ``INPUT.COLOR_JITTER`` in training."""
-    mapper = DatasetMapper(head, is_train=is_train)
+def build_stock_mapper(head: CfgNode, *, is_train: bool, kind: type[DatasetMapper] = DatasetMapper) -> DatasetMapper:
+    """The mapper that Detectron2 would use, or another kind of it, with ``INPUT.COLOR_JITTER`` in training."""
+    mapper = kind(head, is_train=is_train)
     return with_color_jitter(mapper, head.INPUT.COLOR_JITTER) if is_train else mapper
 
 
