@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from xlearner_d2 import XLearner
 from xlearner_d2.modeling.distill import Distiller
 from xlearner_d2.modeling.expanded import STAGES, ExpandedBackbone
+from xlearner_d2.modeling.weighting import weigh_losses
 
 MakeModel = Callable[..., XLearner]
 MakeBatches = Callable[..., dict[str, list[dict[str, Any]]]]
@@ -53,7 +54,7 @@ def saved_bytes(run: Callable[[], Any], model: nn.Module) -> int:
     return sum(kept.values())
 
 
-def step(model: XLearner, batches: dict[str, list[dict[str, Any]]]) -> dict[str, Tensor]:
+def step(model: nn.Module, batches: dict[str, list[dict[str, Any]]]) -> dict[str, Tensor]:
     torch.manual_seed(0)
     with EventStorage():
         return model(batches)
@@ -186,10 +187,15 @@ def test_a_squeeze_keeps_what_the_student_keeps(make_model: MakeModel, make_batc
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU, which alone can be waited for")
-@pytest.mark.parametrize("sharing", ["detached", "shared"])
-def test_the_processor_does_not_wait_for_a_gpu(make_model: MakeModel, make_batches: MakeBatches, sharing: str) -> None:
+@pytest.mark.parametrize(
+    ("sharing", "method"), [("detached", "fixed"), ("shared", "fixed"), ("shared", "dwa"), ("shared", "uncertainty")]
+)
+def test_the_processor_does_not_wait_for_a_gpu(
+    make_model: MakeModel, make_batches: MakeBatches, sharing: str, method: str
+) -> None:
     """Classification and segmentation heads never wait, so nothing of the project's own may."""
-    model = make_model("XLEARNER.SHARING", sharing, "MODEL.DEVICE", "cuda", without=("boxes",))
+    own = make_model("XLEARNER.SHARING", sharing, "MODEL.DEVICE", "cuda", without=("boxes",))
+    model = weigh_losses(own, method, {"pics": 1.0, "areas": 1.0}, temperature=2.0, window=1)
     batches = make_batches("pics", "areas")
     for record in (record for records in batches.values() for record in records):  # Detectron2 waits for its copies
         record |= {key: value.cuda() for key, value in record.items() if isinstance(value, Tensor)}

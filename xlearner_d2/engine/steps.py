@@ -13,6 +13,8 @@ from detectron2.utils.events import get_event_storage
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from ..modeling.weighting import current_weights
+
 
 @dataclass(frozen=True, kw_only=True)
 class NonFiniteLoss:
@@ -179,6 +181,12 @@ class StepTrainer(SimpleTrainer):
         with self._named():
             for name, value in found.items():
                 get_event_storage().put_scalar(name, value, cur_iter=step)
+
+    def log_weights(self) -> None:
+        """Log the weights of the sources' losses, where training finds them; this waits for the device."""
+        with self._named():
+            for source, weight in current_weights(self.module).items():
+                get_event_storage().put_scalar(f"{source}/weight", weight, smoothing_hint=False)
 
     def state_dict(self) -> dict[str, Any]:
         """Detectron2's; what is on its way is logged first, so that hooks can save it."""

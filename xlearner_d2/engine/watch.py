@@ -70,6 +70,7 @@ class Watch(HookBase):
             return
         for trainer in self.trainers:
             trainer.flush()
+            trainer.log_weights()
         _put_speed(self.trainer.storage)
         with stopping_when_full():
             for writer in self._writers:

@@ -9,7 +9,6 @@ from typing import Any, cast
 
 import torch
 from detectron2.utils import comm
-from detectron2.utils.events import get_event_storage, has_event_storage
 from torch import Tensor, nn
 
 Losses = dict[str, Tensor]
@@ -59,10 +58,8 @@ class UncertaintyWeights(nn.Module):
 
     def factors(self) -> dict[str, float]:
         """By source, what its losses are multiplied by at present."""
-        return {
-            source: float(torch.exp(-cast(_LogVariance, of).log_variance.detach()))
-            for source, of in self.sources.items()
-        }
+        values = torch.stack([cast(_LogVariance, of).log_variance.detach() for of in self.sources.values()])
+        return dict(zip(self.sources, torch.exp(-values).tolist(), strict=True))
 
     def end_step(self, losses: Losses) -> None:
         """Nothing to learn besides by gradient."""
@@ -85,7 +82,6 @@ class AverageWeights(nn.Module):
     counts: Tensor
     means: Tensor
     current: Tensor
-    num_steps: Tensor
 
     def __init__(self, loss_weights: Mapping[str, float], *, temperature: float = 2.0, window: int = 100):
         super().__init__()
@@ -98,7 +94,15 @@ class AverageWeights(nn.Module):
         self.register_buffer("counts", torch.zeros(number))
         self.register_buffer("means", torch.zeros(2, number))  # of the last window and of the one before it
         self.register_buffer("current", torch.ones(number))
-        self.register_buffer("num_steps", torch.zeros((), dtype=torch.long))
+        self.num_steps = 0  # no tensor: to compare one of a GPU would wait for it
+
+    def get_extra_state(self) -> dict[str, int]:
+        """What a state dict holds besides tensors."""
+        return {"num_steps": self.num_steps}
+
+    def set_extra_state(self, state: Mapping[str, int]) -> None:
+        """The inverse of :meth:`get_extra_state`."""
+        self.num_steps = state["num_steps"]
 
     def forward(self, losses: Losses, source: str) -> Losses:
         """The weighted losses of one source."""
@@ -115,15 +119,18 @@ class AverageWeights(nn.Module):
 
         Losses are averaged over the workers at once, so that the state that the main worker saves is that of all.
         """
-        given = [(k, found) for k, name in enumerate(self.names) if (found := of_source(losses, name))]
-        index = torch.tensor([k for k, _ in given], device=self.sums.device)
-        totals = torch.stack([sum(loss.detach().float() for loss in found.values()) for _, found in given])  # type: ignore[misc]
+        found = [list(of_source(losses, name).values()) for name in self.names]
+        totals = torch.stack(
+            [sum(loss.detach().float() for loss in of) if of else self.sums.new_zeros(()) for of in found]
+        )  # type: ignore[misc]
         if comm.get_world_size() > 1:
             torch.distributed.all_reduce(totals)
             totals /= comm.get_world_size()
         finite = totals.isfinite()
-        self.sums.index_add_(0, index, totals.where(finite, torch.zeros_like(totals)))
-        self.counts.index_add_(0, index, finite.float())
+        self.sums += totals.where(finite, torch.zeros_like(totals))
+        for k, of in enumerate(found):
+            if of:
+                self.counts[k] += finite[k]
         self.num_steps += 1
         if self.num_steps % self.window == 0:
             self._end_window()
@@ -157,10 +164,6 @@ class WeightedLosses(nn.Module):
         losses = self.model(batches)
         if not self.training:
             return losses
-        if has_event_storage():
-            for source, factor in self.weights.factors().items():
-                weight = factor * self.weights.loss_weights[source]
-                get_event_storage().put_scalar(f"{source}/weight", weight, smoothing_hint=False)
         weighted: Losses = dict(losses)
         for source in batches:
             weighted |= self.weights(of_source(losses, source), source)
@@ -180,6 +183,14 @@ def weigh_losses(
         return model
     device = next(model.parameters()).device
     return WeightedLosses(model, makers[method]()).to(device)
+
+
+def current_weights(model: nn.Module) -> dict[str, float]:
+    """By source, the weight of its losses at present, which waits for the device; empty where weights are fixed."""
+    if not isinstance(model, WeightedLosses):
+        return {}
+    factors = model.weights.factors()
+    return {source: factor * model.weights.loss_weights[source] for source, factor in factors.items()}
 
 
 def weights_of(model: nn.Module) -> dict[str, nn.Module]:
