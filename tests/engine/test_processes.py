@@ -86,13 +86,18 @@ def without_evaluation(project, *, steps):
     project.write(project.content)
 
 
-def kill_worker(project, rank, *processes):
-    """SIGKILL one worker of a run as soon as there is a checkpoint."""
-    first, log = project.root / "out/expand/last_checkpoint", project.root / "out/log.txt"
+def wait_for_checkpoint(project, stage, *processes):
+    first = project.root / f"out/{stage}/last_checkpoint"
     deadline = time.monotonic() + 240
     while not first.exists() and time.monotonic() < deadline:
         assert all(process.poll() is None for process in processes), processes[0].communicate()[0][-3000:]
         time.sleep(0.05)
+
+
+def kill_worker(project, rank, *processes):
+    """SIGKILL one worker of a run as soon as there is a checkpoint."""
+    wait_for_checkpoint(project, "expand", *processes)
+    log = project.root / "out/log.txt"
     os.kill(int(re.search(rf"Workers: .*\b{rank}: process (\d+) on", log.read_text())[1]), signal.SIGKILL)
 
 
@@ -129,6 +134,24 @@ def test_torchrun_starts_again_where_a_worker_was_killed(project, monkeypatch):
     assert log.count("Workers: 0: process ") == 2
     assert "Resuming" in log, output[-3000:]
     assert (project.root / "out/expanded.pth").is_file()
+
+
+def test_torchrun_that_is_stopped_saves_first(project):
+    """SIGTERM to torchrun itself, as from a scheduler whose time is up, in the squeeze; the next start ends the run."""
+    without_evaluation(project, steps=4)
+    arguments = ("--resume", "XLEARNER.SQUEEZE.SOLVER.MAX_ITER", 100)
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    process = start(project, *arguments, before=torchrun)
+    wait_for_checkpoint(project, "squeeze", process)
+    process.send_signal(signal.SIGTERM)
+    output = process.communicate(timeout=300)[0]
+    assert process.returncode != 0
+    stopped = re.search(r"Stopped by SIGTERM after step (\d+) of 100", output)
+    assert stopped, output[-3000:]
+    assert not (project.root / "out/student_d2.pth").exists()
+    finish(start(project, *arguments, before=torchrun))
+    assert f"Resuming after step {stopped[1]}, " in (project.root / "out/log.txt").read_text()
+    assert (project.root / "out/student_d2.pth").is_file()
 
 
 @pytest.mark.parametrize(

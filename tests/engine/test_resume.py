@@ -197,13 +197,16 @@ def two_workers(project: Project, *opts: Any, resume: bool = False, stop: int = 
 def test_two_workers_stop_in_the_same_step_and_go_on_with_statistics_of_their_own(
     alone: Project, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    """BN is not synchronised, so each worker's running statistics differ, and other branches' losses depend on them."""
-    stages = ("XLEARNER.STAGE", "expand")
-    assert two_workers(alone, *stages, "OUTPUT_DIR", alone.root / "two") == [0, 0]
-    out = (*stages, "OUTPUT_DIR", alone.root / "two_stopped")
-    assert two_workers(alone, *out, stop=3) == [143, 143]
-    assert capfd.readouterr().err.count("Stopped by SIGTERM after step 3 of 5") == 1
-    saved = read_checkpoint(alone.root / "two_stopped/expand/model_0000002.pth")["worker_statistics"]["workers"]
-    assert any(not torch.equal(value, saved[1][0][name]) for name, value in saved[0][0].items())
+    """In either stage. BN is not synchronised, so each worker's running statistics differ, and losses depend on them."""
+    assert two_workers(alone, "OUTPUT_DIR", alone.root / "two") == [0, 0]
+    out = ("OUTPUT_DIR", alone.root / "two_stopped")
+    statistics = []
+    for count, stage, step in ((3, "expand", 3), (STEPS - 3 + 2, "squeeze", 2)):
+        assert two_workers(alone, *out, stop=count, resume=stage == "squeeze") == [143, 143]
+        assert capfd.readouterr().err.count(f"Stopped by SIGTERM after step {step} of {STEPS}") == 1
+        found = read_checkpoint(alone.root / f"two_stopped/{stage}/model_{step - 1:07d}.pth")
+        statistics.append(found["worker_statistics"]["workers"])
+    for first, second in statistics:
+        assert any(not torch.equal(value, second[0][name]) for name, value in first[0].items())
     assert two_workers(alone, *out, resume=True) == [0, 0]
-    assert_same_results(alone, "two", "two_stopped", "expanded.pth")
+    assert_same_results(alone, "two", "two_stopped", "expanded.pth", "student_d2.pth")
