@@ -197,7 +197,7 @@ def two_workers(project: Project, *opts: Any, resume: bool = False, stop: int = 
 def test_two_workers_stop_in_the_same_step_and_go_on_with_statistics_of_their_own(
     alone: Project, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    """In either stage. BN is not synchronised, so each worker's running statistics differ, and losses depend on them."""
+    """In either stage. BN is not synchronised: workers' running statistics differ, and losses depend on them."""
     assert two_workers(alone, "OUTPUT_DIR", alone.root / "two") == [0, 0]
     out = ("OUTPUT_DIR", alone.root / "two_stopped")
     statistics = []
