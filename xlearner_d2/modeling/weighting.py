@@ -120,9 +120,8 @@ class AverageWeights(nn.Module):
         Losses are averaged over the workers at once, so that the state that the main worker saves is that of all.
         """
         found = [list(of_source(losses, name).values()) for name in self.names]
-        totals = torch.stack(
-            [sum(loss.detach().float() for loss in of) if of else self.sums.new_zeros(()) for of in found]
-        )  # type: ignore[misc]
+        zero = torch.zeros_like(self.sums[0])
+        totals = torch.stack([sum((loss.detach().float() for loss in of), start=zero) for of in found])
         if comm.get_world_size() > 1:
             torch.distributed.all_reduce(totals)
             totals /= comm.get_world_size()
