@@ -210,6 +210,16 @@ def layers_run_again(args: Namespace) -> Found:
     return {"three kinds of heads": ratio(times["True"], times["False"])}
 
 
+def compiled_step(args: Namespace) -> Found:
+    """Stages that are compiled by inductor against the same stages as they are, in a step of three tasks."""
+    runs: dict[str, Run] = {}
+    for backend in ("inductor", ""):
+        model = make_model(THREE_TASKS, "XLEARNER.COMPILE", backend, *precision(args))
+        runs[backend] = _pass(model, make_batch(model, count=args.images, size=args.size))
+    times = in_turn(runs, rounds=args.rounds, warmup=4)
+    return {"three kinds of heads": ratio(times["inductor"], times[""])}
+
+
 def exported_student(args: Namespace) -> Found:
     """Inference of a student that was exported and loaded into stock Detectron2, against a stock ResNet."""
     from tempfile import TemporaryDirectory
@@ -283,6 +293,7 @@ RATIOS: dict[str, Callable[[Namespace], Found]] = {
     "squeeze step": squeeze_step,
     "memory": memory,
     "layers run again": layers_run_again,
+    "compiled step": compiled_step,
     "exported student": exported_student,
     "small maps": small_maps,
     "optimiser": optimiser,
