@@ -39,7 +39,8 @@ def add_xlearner_config(cfg: CfgNode) -> None:
     x.CHECK_IMAGES = 5000
     # Faster convolutions on GPUs with tensor cores and on CPUs.
     x.CHANNELS_LAST = True
-    # Backend of torch.compile for the stages of branches and of the student, such as "inductor"; "" for none.
+    # Backend of torch.compile for the stages of branches and of the student, such as "inductor"; "" for none. On CPUs
+    # inductor is slower than none (docs/SPEED.md).
     x.COMPILE = ""
 
     # Project on Weights & Biases to log to as well; "" for none. Needs the package wandb.
