@@ -19,8 +19,8 @@ TESTED = {
     "transfer/openmoji12.yaml",
     "transfer/openmoji12_ablation.yaml",
     "transfer/openmoji12_pretrain.yaml",
-    "transfer/openmoji12_small_pretrain.yaml",
-    "transfer/openmoji12_small_study.yaml",
+    "transfer/openmoji12_few_pretrain.yaml",
+    "transfer/openmoji12_few_study.yaml",
     "transfer/openmoji12_study.yaml",
     "transfer/paper12.yaml",
     "transfer/real12.yaml",
@@ -79,7 +79,7 @@ def test_quick_real(photographs, tmp_path):
     ("name", "found"),
     [
         ("study", "squeezed: xlearner/student_d2.pth"),
-        ("small_study", "single/areas: single_areas/expanded.pth:segmentation"),
+        ("few_study", "single/areas: single_areas/expanded.pth:segmentation"),
         ("ablation", "separate_teacher: separate_teacher/student_d2.pth"),
     ],
 )
