@@ -55,6 +55,8 @@ def make_images(*, count: int, size: int) -> list[dict[str, Any]]:
         corners = torch.randint(0, size // 2, (4, 2), generator=generator).float()
         boxes = Boxes(torch.cat([corners, corners + size // 3], dim=1))
         record: dict[str, Any] = {"image": torch.randint(0, 256, (3, size, size), generator=generator).byte()}
+        if torch.cuda.is_available():
+            record["image"] = record["image"].pin_memory()  # as the training loader does
         record |= {"height": size, "width": size, "category_id": 1}
         record["instances"] = Instances((size, size), gt_boxes=boxes, gt_classes=torch.arange(4))
         record["sem_seg"] = torch.randint(0, len(CLASSES), (size, size), generator=generator)

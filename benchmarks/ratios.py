@@ -30,9 +30,14 @@ def backward(losses: Mapping[str, Tensor]) -> None:
     sum(losses.values()).backward()  # type: ignore[union-attr]
 
 
-def losses_of(model: Any, batch: Any) -> dict[str, Tensor]:
+def mixed_precision(args: Namespace) -> torch.autocast:
+    """What Detectron2's AMPTrainer does on a GPU; on a CPU, models choose their precision themselves."""
+    return torch.autocast("cuda", enabled=args.amp and torch.cuda.is_available())
+
+
+def losses_of(args: Namespace, model: Any, batch: Any) -> dict[str, Tensor]:
     """The losses of a model in training."""
-    with EventStorage():
+    with EventStorage(), mixed_precision(args):
         return model(batch)
 
 
@@ -92,7 +97,7 @@ def expansion_step(args: Namespace) -> Found:
     compute = backbone._auxiliary
 
     def others() -> dict[str, Any]:
-        with model.autocast():
+        with model.autocast(), mixed_precision(args):
             return {source: compute(of, needed[source]) for source, of in images.items()}
 
     sent = others()
@@ -100,14 +105,14 @@ def expansion_step(args: Namespace) -> Found:
     def own() -> None:
         waiting = [sent[source] for source in batch]
         backbone._auxiliary = lambda *_: waiting.pop(0)  # type: ignore[method-assign]
-        backward(losses_of(model, batch))
+        backward(losses_of(args, model, batch))
         backbone._auxiliary = compute  # type: ignore[method-assign]
 
     def own_alone() -> None:
-        backward(losses_of(plain, batch))
+        backward(losses_of(args, plain, batch))
 
     runs = {
-        "step": lambda: backward(losses_of(model, batch)),
+        "step": lambda: backward(losses_of(args, model, batch)),
         "own": own,
         "others": others,
         "own alone": own_alone,
@@ -126,14 +131,14 @@ def detached_step(args: Namespace) -> Found:
         runs: dict[str, Run] = {}
         for sharing in ("detached", "bidirectional"):
             model = make_model(heads, "XLEARNER.SHARING", sharing, *precision(args))
-            runs[sharing] = _pass(model, make_batch(model, count=args.images, size=args.size))
+            runs[sharing] = _pass(args, model, make_batch(model, count=args.images, size=args.size))
         times = in_turn(runs, rounds=args.rounds)
         found[name] = ratio(times["detached"], times["bidirectional"])
     return found
 
 
-def _pass(model: XLearner, batch: Batch) -> Run:
-    return lambda: backward(losses_of(model, batch))
+def _pass(args: Namespace, model: XLearner, batch: Batch) -> Run:
+    return lambda: backward(losses_of(args, model, batch))
 
 
 def squeeze_step(args: Namespace) -> Found:
@@ -151,7 +156,7 @@ def squeeze_step(args: Namespace) -> Found:
     images = group.images.contiguous(memory_format=torch.channels_last)
 
     def parts(*, project: bool) -> None:
-        with teacher.autocast():
+        with teacher.autocast(), mixed_precision(args):
             with torch.no_grad(), inference_mode_norm(teacher.backbone):
                 teacher.backbone.forward_all(images)
             features = student(images)
@@ -160,7 +165,7 @@ def squeeze_step(args: Namespace) -> Found:
         sum(feature.float().mean() for feature in projected or features.values()).backward()
 
     runs: dict[str, Run] = {
-        "step": lambda: backward(losses_of(distiller, batch)),
+        "step": lambda: backward(losses_of(args, distiller, batch)),
         "parts": lambda: parts(project=True),
         "without projectors": lambda: parts(project=False),
     }
@@ -174,10 +179,11 @@ def squeeze_step(args: Namespace) -> Found:
 def memory(args: Namespace) -> Found:
     """Bytes that a step of three tasks needs at its peak, about: weights, gradients, two averages, and what is kept.
 
-    Against the same of separate branches.
+    Against the same of separate branches. On a GPU also what PyTorch allocates at most in a step.
     """
     found = {}
     for name, heads in {"three classifiers": ("classifier",) * 3, "three kinds of heads": THREE_TASKS}.items():
+        peak = _peak(args, heads, "XLEARNER.SHARING", "separate") if torch.cuda.is_available() else 0
         reference = _memory(args, heads, "XLEARNER.SHARING", "separate")
         for recompute in (False, True):
             kept, need = _memory(args, heads, "XLEARNER.RECONCILIATION.RECOMPUTE", recompute)
@@ -187,7 +193,27 @@ def memory(args: Namespace) -> Found:
                 "mb": round(need / 1e6, 1),
                 "reference_mb": round(reference[1] / 1e6, 1),
             }
+            if peak:
+                allocated = _peak(args, heads, "XLEARNER.RECONCILIATION.RECOMPUTE", recompute)
+                found[name + (", layers run again" if recompute else "")] |= {
+                    "ratio_allocated": round(allocated / peak, 4),
+                    "allocated_mb": round(allocated / 1e6, 1),
+                }
     return found
+
+
+def _peak(args: Namespace, heads: tuple[str, ...], *opts: Any) -> int:
+    """Bytes that PyTorch has allocated on the GPU at most in the third step of training."""
+    before = torch.cuda.memory_allocated()
+    model = make_model(heads, *opts, *precision(args))
+    batch = make_batch(model, count=args.images, size=args.size)
+    optimizer = torch.optim.AdamW(model.parameters(), fused=True)
+    for _ in range(3):
+        torch.cuda.reset_peak_memory_stats()
+        optimizer.zero_grad()
+        backward(losses_of(args, model, batch))
+        optimizer.step()
+    return torch.cuda.max_memory_allocated() - before
 
 
 def _memory(args: Namespace, heads: tuple[str, ...], *opts: Any) -> tuple[int, int]:
@@ -196,7 +222,7 @@ def _memory(args: Namespace, heads: tuple[str, ...], *opts: Any) -> tuple[int, i
     batch = make_batch(model, count=args.images, size=args.size)
     into = [part for part in model.backbone.reconciliation.values() if part.recompute]
     again = [layer for part in into for layers in part.layers.values() for layer in layers.values()]
-    kept = kept_bytes(lambda: losses_of(model, batch), model, inputs_of=again)
+    kept = kept_bytes(lambda: losses_of(args, model, batch), model, inputs_of=again)
     return kept, kept + 16 * sum(p.numel() for p in model.parameters())
 
 
@@ -205,7 +231,7 @@ def layers_run_again(args: Namespace) -> Found:
     runs: dict[str, Run] = {}
     for recompute in (True, False):
         model = make_model(THREE_TASKS, "XLEARNER.RECONCILIATION.RECOMPUTE", recompute, *precision(args))
-        runs[str(recompute)] = _pass(model, make_batch(model, count=args.images, size=args.size))
+        runs[str(recompute)] = _pass(args, model, make_batch(model, count=args.images, size=args.size))
     times = in_turn(runs, rounds=args.rounds)
     return {"three kinds of heads": ratio(times["True"], times["False"])}
 
@@ -215,7 +241,7 @@ def compiled_step(args: Namespace) -> Found:
     runs: dict[str, Run] = {}
     for backend in ("inductor", ""):
         model = make_model(THREE_TASKS, "XLEARNER.COMPILE", backend, *precision(args))
-        runs[backend] = _pass(model, make_batch(model, count=args.images, size=args.size))
+        runs[backend] = _pass(args, model, make_batch(model, count=args.images, size=args.size))
     times = in_turn(runs, rounds=args.rounds, warmup=4)
     return {"three kinds of heads": ratio(times["inductor"], times[""])}
 

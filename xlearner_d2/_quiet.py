@@ -16,6 +16,8 @@ warnings.filterwarnings("ignore", message=r".*pkg_resources is deprecated.*")
 warnings.filterwarnings("ignore", message=r".*torch\.meshgrid: in an upcoming release.*")
 # DistributedDataParallel: the new argument would make buffers alike at the start, the old one leaves them alone.
 warnings.filterwarnings("ignore", message=r".*`broadcast_buffers` is deprecated.*", category=FutureWarning)
+# Detectron2's AMPTrainer still calls GradScaler and autocast by their names of CUDA, the latter in every step.
+warnings.filterwarnings("ignore", message=r".*`torch\.cuda\.amp\..*` is deprecated.*", category=FutureWarning)
 for name in (
     "fvcore.common.config",  # "would need unsafe loading", for every file read
     "detectron2.config.config",  # "has no VERSION", for every head

@@ -1,17 +1,20 @@
 """INPUT.COLOR_JITTER: in training, and of colours alone."""
 
+import copy
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from detectron2.config import CfgNode, get_cfg
 from detectron2.structures import BoxMode
 from PIL import Image
 
 from xlearner_d2 import add_xlearner_config
 from xlearner_d2.data.mappers import build_mapper
-from xlearner_d2.specs import ConfigError
+from xlearner_d2.data.sources import source_data
+from xlearner_d2.specs import ConfigError, SourceSpec
 
 GREY, SIDE = 120, 16
 
@@ -73,3 +76,30 @@ def test_boxes_are_as_without_it(record: dict[str, Any]) -> None:
         for strength in (0.0, 0.4)
     )
     assert plain.gt_boxes.tensor.tolist() == changed.gt_boxes.tensor.tolist()
+
+
+@pytest.mark.parametrize("opts", [[], ["INPUT.CROP.ENABLED", True, "INPUT.CROP.SIZE", [0.8, 0.8]], ROTATED], ids=str)
+def test_boxes_are_mapped_alike_from_records_without_the_masks_that_no_head_reads(
+    record: dict[str, Any], opts: list[Any]
+) -> None:
+    (box,) = record["annotations"]
+    record["annotations"] = [{**box, "segmentation": [[2, 3, 6, 3, 6, 8]], "iscrowd": 0}]
+    spec = SourceSpec(name="boxes", task="detection", config="any.yaml", train=("birds",))
+
+    def trained_on(*more: Any) -> dict[str, Any]:
+        (found,) = source_data(spec, head(*opts, *more), {"birds": [record]}, seed=0).train
+        return found
+
+    assert trained_on("MODEL.MASK_ON", True) is record
+    assert trained_on("INPUT.MAPPER", "a.Mapper") is record
+    bare = trained_on()
+    assert bare["annotations"] == [{**box, "iscrowd": 0}]
+    assert record["annotations"][0]["segmentation"], "other sources may share the record"
+    mapper = build_mapper(head(*opts), is_train=True)
+    for seed in range(5):
+        np.random.seed(seed)
+        whole = mapper(copy.deepcopy(record))
+        np.random.seed(seed)
+        own = mapper(copy.deepcopy(bare))
+        assert torch.equal(own["image"], whole["image"])
+        assert str(own["instances"]) == str(whole["instances"])

@@ -8,11 +8,12 @@ import pytest
 import timm
 import torch
 from conftest import Project
+from detectron2.modeling import build_model
 from safetensors.torch import save_file
 from torch import Tensor
 
 from xlearner_d2.checkpoint.load import read_checkpoint
-from xlearner_d2.engine.branches import student_config
+from xlearner_d2.engine.branches import initialise_branches, student_config
 from xlearner_d2.engine.plan import Plan, make_plan
 from xlearner_d2.modeling.branches import build_branch
 from xlearner_d2.specs import ConfigError
@@ -94,6 +95,28 @@ def test_random_overrides_the_file_of_all_branches(project: Project, tmp_path: P
     project.run("XLEARNER.STAGE", "expand", "SOLVER.MAX_ITER", 1, *opts)
     log = (project.root / "out/log.txt").read_text()
     assert [f"Starting branch {task} from" in log for task in ("classification", "detection")] == [True, False]
+
+
+def test_branches_start_as_the_trunk_of_hard_sharing(project: Project, tmp_path: Path) -> None:
+    """Each branch then computes what the trunk did, as reconciliation layers start at zero; heads go on as well."""
+    stage = ["XLEARNER.STAGE", "expand", "SOLVER.MAX_ITER", 1]
+    project.run(*stage, "XLEARNER.SHARING", "shared")
+    file = project.root / "out/expanded.pth"
+    plan = plan_of(project, *stage, "MODEL.WEIGHTS", file, "OUTPUT_DIR", tmp_path / "branches")
+    model = build_model(plan.cfg)
+    initialise_branches(model, plan.cfg, plan.branches)
+    trunk = weights(file)
+    for task in model.backbone.tasks:
+        own = model.backbone.branch(task).state_dict()
+        assert all(torch.equal(own[name], trunk[f"backbone.branches.trunk.{name}"]) for name in own), task
+    heads = {name: value for name, value in model.state_dict().items() if name.startswith("heads.")}
+    assert heads
+    assert all(torch.equal(value, trunk[name]) for name, value in heads.items())
+    images = torch.randn(2, 3, 64, 64)
+    model.eval()
+    for task in model.backbone.tasks:
+        alone = model.backbone.branch(task)(images)
+        assert all(torch.equal(of, alone[stage]) for stage, of in model.backbone(images, task).items()), task
 
 
 FILE = "{file}"

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 from detectron2.config import CfgNode
+from detectron2.structures import ImageList
 from detectron2.utils.events import EventStorage
 from torch import Tensor, nn
 
@@ -257,3 +258,19 @@ def test_given_features_are_forgotten_after_an_error(make_model: MakeModel) -> N
     with pytest.raises(ZeroDivisionError), backbone.given(images, some_features(1.0)):
         raise ZeroDivisionError
     assert backbone(images, "detection")["res3"].shape[1] > 1
+
+
+@pytest.mark.parametrize("sizes", [[(40, 48), (40, 48)], [(40, 48), (56, 32)], [(64, 64)]], ids=str)
+@pytest.mark.parametrize("source", ["pics", "boxes"])
+def test_images_are_normalised_and_padded_as_detectron2_does(
+    make_model: MakeModel, source: str, sizes: list[tuple[int, int]]
+) -> None:
+    model = make_model()
+    images = [torch.randint(0, 256, (3, height, width), dtype=torch.uint8) for height, width in sizes]
+    backbone = model.heads[source].backbone
+    expected = ImageList.from_tensors(
+        [(image - model.pixel_mean) / model.pixel_std for image in images],
+        backbone.size_divisibility,
+        padding_constraints=backbone.padding_constraints,
+    )
+    assert torch.equal(model.preprocess(source, [{"image": image} for image in images]), expected.tensor)

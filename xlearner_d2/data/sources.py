@@ -127,8 +127,9 @@ def source_data(source: SourceSpec, head: CfgNode, records: Mapping[str, Records
         return with_proposals(name, records[name], files[name]) if files else records[name]
 
     train = [record for name in source.train for record in read(name, train_files)]
+    train = share_of_records(_usable(train, source, head), source.train_share, seed=seed)
     return SourceData(
-        train=share_of_records(_usable(train, source, head), source.train_share, seed=seed),
+        train=_without_masks(train) if not (head.MODEL.MASK_ON or head.INPUT.MAPPER) else train,
         test={name: read(name, test_files) for name in source.test},
     )
 
@@ -151,3 +152,13 @@ def _usable(records: Records, source: SourceSpec, head: CfgNode) -> Records:
         )
         raise ConfigError([message], what="The data")
     return kept
+
+
+def _without_masks(records: Records) -> Records:
+    """Without what Detectron2's mapper would copy for every image, only to drop it."""
+
+    def bare(record: dict[str, Any]) -> dict[str, Any]:
+        objects = [{key: of for key, of in it.items() if key != "segmentation"} for it in record["annotations"]]
+        return {**record, "annotations": objects}
+
+    return [bare(record) if "annotations" in record else record for record in records]

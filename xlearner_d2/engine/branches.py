@@ -6,12 +6,13 @@ from pathlib import Path
 
 import torch
 from detectron2.config import CfgNode
+from torch import Tensor
 
 from ..checkpoint.load import check_resnet, load_resnet, load_strictly, read_checkpoint
 from ..checkpoint.pixels import PixelConvention
 from ..modeling import XLearner
 from ..modeling.branches import DEPTHS, Branch, BranchSpec, branch_config, build_branch, network_name, with_network
-from ..modeling.expanded import STAGES, build_expanded_backbone
+from ..modeling.expanded import STAGES, TRUNK, build_expanded_backbone
 from ..modeling.timm_backbone import timm_problem
 from ..specs import ConfigError, TaskSpec, nearest
 
@@ -181,14 +182,34 @@ def shapes(network: torch.nn.Module) -> dict[str, torch.Size]:
 
 
 def initialise_branches(model: XLearner, cfg: CfgNode, specs: Sequence[BranchSpec]) -> None:
-    """Start from ``MODEL.WEIGHTS``, an expanded checkpoint as a whole or one file for all branches, or each its own."""
+    """Start from ``MODEL.WEIGHTS``, an expanded checkpoint as a whole or one file for all branches, or each its own.
+
+    Of an expanded checkpoint of hard sharing, every branch starts as the trunk; reconciliation layers then start anew,
+    which is as if there were none.
+    """
     weights = cfg.MODEL.WEIGHTS
     whole = bool(weights) and is_expanded(weights)
     if whole:
-        report = load_strictly(model, read_checkpoint(weights)["model"], path=weights)
+        state = read_checkpoint(weights)["model"]
+        report = load_strictly(model, _from_trunk(model, state), path=weights)
         logger.info(f"Starting from the expanded model {weights}: {report}.")
     for name, branch in model.backbone.branches.items():
         setting, path = start_of(cfg, specs, name)
         if path not in ("", RANDOM) and not (whole and setting == "MODEL.WEIGHTS"):
             report = load_resnet(branch, path, pixels=PixelConvention.of(cfg))
             logger.info(f"Starting branch {name} from {path}: {report}.")
+
+
+def _from_trunk(model: XLearner, state: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+    """The weights of an expanded model, with the trunk of hard sharing in the place of each branch of ``model``."""
+    trunk = f"backbone.branches.{TRUNK}."
+    if TRUNK in model.backbone.branches or not any(name.startswith(trunk) for name in state):
+        return state
+    branches = {
+        name: state[trunk + name.split(".", 3)[3]]
+        for name in model.state_dict()
+        if name.startswith("backbone.branches.") and trunk + name.split(".", 3)[3] in state
+    }
+    new = {name: value for name, value in model.state_dict().items() if name.startswith("backbone.reconciliation.")}
+    others = {name: value for name, value in state.items() if not name.startswith(trunk)}
+    return {**others, **branches, **new}

@@ -226,12 +226,18 @@ class XLearner(nn.Module):
 
     def preprocess(self, source: str, inputs: list[dict[str, Any]]) -> Tensor:
         """Normalised images of one source, padded to one size as its head pads them: (N, 3, H, W) float32."""
-        images = [(x["image"].to(self.device, non_blocking=True) - self.pixel_mean) / self.pixel_std for x in inputs]
+        images = [x["image"].to(self.device, non_blocking=True) for x in inputs]
+        if len({image.shape for image in images}) == 1:  # all in one go: on a GPU, what counts is the number of calls
+            normalised = [(torch.stack(images) - self.pixel_mean) / self.pixel_std]
+        else:
+            normalised = [(image - self.pixel_mean) / self.pixel_std for image in images]
         backbone = getattr(self.heads[source], "backbone", None)
-        if not isinstance(backbone, Backbone):  # of a meta-architecture that keeps it elsewhere
-            return ImageList.from_tensors(images, size_divisibility=32).tensor
-        constraints = backbone.padding_constraints
-        return ImageList.from_tensors(images, backbone.size_divisibility, padding_constraints=constraints).tensor
+        if isinstance(backbone, Backbone):
+            constraints = backbone.padding_constraints
+            padded = ImageList.from_tensors(normalised, backbone.size_divisibility, padding_constraints=constraints)
+        else:  # of a meta-architecture that keeps it elsewhere
+            padded = ImageList.from_tensors(normalised, size_divisibility=32)
+        return padded.tensor.flatten(0, -4)
 
 
 def cpu_autocast_dtype(cfg: CfgNode) -> torch.dtype | None:
