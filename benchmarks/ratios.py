@@ -187,7 +187,7 @@ def memory(args: Namespace) -> Found:
         reference = _memory(args, heads, "XLEARNER.SHARING", "separate")
         for recompute in (False, True):
             kept, need = _memory(args, heads, "XLEARNER.RECONCILIATION.RECOMPUTE", recompute)
-            found[name + (", layers run again" if recompute else "")] = {
+            row = {
                 "ratio": round(need / reference[1], 4),
                 "ratio_kept": round(kept / reference[0], 4),
                 "mb": round(need / 1e6, 1),
@@ -195,10 +195,9 @@ def memory(args: Namespace) -> Found:
             }
             if peak:
                 allocated = _peak(args, heads, "XLEARNER.RECONCILIATION.RECOMPUTE", recompute)
-                found[name + (", layers run again" if recompute else "")] |= {
-                    "ratio_allocated": round(allocated / peak, 4),
-                    "allocated_mb": round(allocated / 1e6, 1),
-                }
+                row["ratio_allocated"] = round(allocated / peak, 4)
+                row["allocated_mb"] = round(allocated / 1e6, 1)
+            found[name + (", layers run again" if recompute else "")] = row
     return found
 
 

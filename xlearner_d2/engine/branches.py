@@ -205,11 +205,12 @@ def _from_trunk(model: XLearner, state: Mapping[str, Tensor]) -> Mapping[str, Te
     trunk = f"backbone.branches.{TRUNK}."
     if TRUNK in model.backbone.branches or not any(name.startswith(trunk) for name in state):
         return state
-    branches = {
-        name: state[trunk + name.split(".", 3)[3]]
-        for name in model.state_dict()
-        if name.startswith("backbone.branches.") and trunk + name.split(".", 3)[3] in state
-    }
-    new = {name: value for name, value in model.state_dict().items() if name.startswith("backbone.reconciliation.")}
-    others = {name: value for name, value in state.items() if not name.startswith(trunk)}
-    return {**others, **branches, **new}
+    found = {name: value for name, value in state.items() if not name.startswith(trunk)}
+    for name, value in model.state_dict().items():
+        if name.startswith("backbone.reconciliation."):
+            found[name] = value
+        elif name.startswith("backbone.branches."):
+            in_trunk = trunk + name.split(".", 3)[3]  # after backbone.branches.<task>.
+            if in_trunk in state:
+                found[name] = state[in_trunk]
+    return found
