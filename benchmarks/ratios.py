@@ -20,6 +20,7 @@ from xlearner_d2.modeling.distill import Distiller
 from xlearner_d2.modeling.expanded import build_branch, inference_mode_norm
 from xlearner_d2.modeling.heads import head_config
 from xlearner_d2.modeling.small_maps import multiply_small_maps
+from xlearner_d2.modeling.xlearner import cpu_autocast_dtype
 from xlearner_d2.specs import SourceSpec
 
 Found = dict[str, dict[str, float]]
@@ -275,16 +276,19 @@ def exported_student(args: Namespace) -> Found:
 
 
 def small_maps(args: Namespace) -> Found:
-    """A ResNet's step in bfloat16 on a CPU, with products for the convolutions of its last stages and without."""
+    """A ResNet's step on a CPU, in bfloat16 if it has it, with and without products for its small maps."""
     found = {}
     for depth, count, size in ((18, 40, 96), (18, 24, 96), (18, 16, 128), (50, 16, 96), (50, 4, 224)):
         options = ("MODEL.RESNETS.DEPTH", depth, "MODEL.RESNETS.RES2_OUT_CHANNELS", 64 if depth < 50 else 256)
-        plain = build_branch(make_config(("classifier",), *options), out_features=("res2", "res3", "res4", "res5"))
+        cfg = make_config(("classifier",), *options, "SOLVER.AMP.ENABLED", True, "MODEL.DEVICE", "cpu")
+        plain = build_branch(cfg, out_features=("res2", "res3", "res4", "res5"))
         plain.to(memory_format=torch.channels_last)
         changed = copy.deepcopy(plain)
         multiply_small_maps(changed)
         images = torch.randn(count, 3, size, size).to(memory_format=torch.channels_last)
-        times = in_turn({"ours": _low_step(changed, images), "stock": _low_step(plain, images)}, rounds=args.rounds)
+        dtype = cpu_autocast_dtype(cfg)
+        runs = {"ours": _cpu_step(changed, images, dtype), "stock": _cpu_step(plain, images, dtype)}
+        times = in_turn(runs, rounds=args.rounds)
         found[f"ResNet-{depth}, {count} images of {size} pixels"] = ratio(times["ours"], times["stock"])
     return found
 
@@ -302,9 +306,9 @@ def optimiser(args: Namespace) -> Found:
     return {"AdamW": ratio(times["ours"], times["stock"])}
 
 
-def _low_step(network: torch.nn.Module, images: Tensor) -> Run:
+def _cpu_step(network: torch.nn.Module, images: Tensor, dtype: torch.dtype | None) -> Run:
     def run() -> None:
-        with torch.autocast("cpu", torch.bfloat16):
+        with torch.autocast("cpu", dtype, enabled=dtype is not None):
             features = network(images)
         backward({stage: feature.float().square().mean() for stage, feature in features.items()})
 

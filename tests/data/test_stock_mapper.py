@@ -55,6 +55,18 @@ def test_a_grey_image_becomes_another_grey_within_the_strength(record: dict[str,
 
 
 @pytest.mark.parametrize("opts", [[], ROTATED, DEPTH], ids=["boxes", "rotated", "depth"])
+def test_an_image_is_changed_alike_in_either_order_of_channels(record: dict[str, Any], opts: list[Any]) -> None:
+    Image.fromarray(np.full((SIDE, SIDE, 3), (200, 40, 90), np.uint8)).save(record["file_name"])
+    found = []
+    for order in ("BGR", "RGB"):
+        mapper = build_mapper(head("INPUT.COLOR_JITTER", 0.4, "INPUT.FORMAT", order, *opts), is_train=True)
+        np.random.seed(0)
+        found.append([mapper(dict(record))["image"].int() for _ in range(5)])
+    for bgr, rgb in zip(*found, strict=True):
+        assert (bgr.flip(0) - rgb).abs().max() <= 1, "rounding apart"
+
+
+@pytest.mark.parametrize("opts", [[], ROTATED, DEPTH], ids=["boxes", "rotated", "depth"])
 def test_test_images_keep_their_colours(record: dict[str, Any], opts: list[Any]) -> None:
     mapper = build_mapper(head("INPUT.COLOR_JITTER", 0.5, *opts), is_train=False)
     assert (mapper(dict(record))["image"] == GREY).all()

@@ -94,8 +94,11 @@ def products(result: Tensor) -> set[str]:
         (lambda: nn.Conv2d(512, 512, 3, padding="same"), (2, 512, 3, 3), False),
     ],
 )
-def test_where_it_is_used(make: Callable[[], nn.Module], images: tuple[int, ...], used: bool) -> None:
-    """In bfloat16, results and gradients are near to those of float32; in float32 nothing changes."""
+def test_where_it_is_used(
+    make: Callable[[], nn.Module], images: tuple[int, ...], used: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In bfloat16, results and gradients are near to those of float32; in float32 nothing changes with AVX-512."""
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX512")
     torch.manual_seed(0)
     model = make().to(memory_format=torch.channels_last)
     changed = copy.deepcopy(model)
@@ -112,6 +115,34 @@ def test_where_it_is_used(make: Callable[[], nn.Module], images: tuple[int, ...]
     assert found.is_contiguous(memory_format=torch.channels_last)
     for one, other in zip([found, *found_gradients], [exact, *exact_gradients], strict=True):
         assert (one.float() - other).norm() < 0.02 * other.norm()
+
+
+@pytest.mark.parametrize(
+    ("make", "images", "used"),
+    [
+        (lambda: nn.Conv2d(256, 512, 3, stride=2, padding=1, bias=False), (2, 256, 6, 6), True),
+        (lambda: normed(512, 512), (2, 512, 3, 3), True),
+        (lambda: nn.Conv2d(256, 512, 3, padding=1), (2, 256, 3, 3), False),  # a bias is added in the same call
+        (lambda: nn.Conv2d(8, 8, 3, padding=1, bias=False), (2, 8, 1, 1), False),
+        (lambda: nn.Conv2d(256, 256, 3, padding=1, bias=False), (2, 256, 40, 40), False),
+    ],
+)
+def test_in_float32_without_avx512_weight_gradients_alone_are_products(
+    make: Callable[[], nn.Module], images: tuple[int, ...], used: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX2")
+    torch.manual_seed(0)
+    model = make().to(memory_format=torch.channels_last)
+    changed = copy.deepcopy(model)
+    multiply_small_maps(changed)
+    given = channels_last(*images, dtype=torch.float32)
+    expected, found = model(given), changed(given)
+    assert torch.equal(found, expected)
+    assert bool(products(found)) == used
+    of_images, *of_weights = gradients(found, given, *changed.parameters())
+    expected_of_images, *expected_of_weights = gradients(expected, given, *model.parameters())
+    assert torch.equal(of_images, expected_of_images)
+    torch.testing.assert_close(of_weights, expected_of_weights, rtol=1e-4, atol=1e-4)
 
 
 def test_a_kernel_larger_than_the_image() -> None:

@@ -106,4 +106,4 @@ def build_panoptic_deeplab_mapper(head: CfgNode, *, is_train: bool) -> Callable[
         return build_stock_mapper(head, is_train=False)
     from detectron2.projects.panoptic_deeplab import PanopticDeeplabDatasetMapper
 
-    return with_color_jitter(PanopticDeeplabDatasetMapper(head), head.INPUT.COLOR_JITTER)
+    return with_color_jitter(PanopticDeeplabDatasetMapper(head), head)

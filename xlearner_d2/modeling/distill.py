@@ -224,8 +224,7 @@ class Distiller(nn.Module):
         shapes = {task: teacher.backbone.output_shape(task) for task in teacher.backbone.tasks}
         self.projectors = self._per_hint(shapes, self._projector)
         self.normalisers = self._per_hint(shapes, lambda stage, shape: NORMALISERS[normaliser](shape.channels))
-        if teacher.autocast_dtype is not None:
-            multiply_small_maps(self)
+        multiply_small_maps(self)
         self.to(teacher.device)
         self.to(memory_format=teacher.backbone.memory_format)
 

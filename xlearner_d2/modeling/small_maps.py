@@ -1,8 +1,11 @@
-"""Convolutions of many channels over few positions as matrix products, for training on CPUs in bfloat16.
+"""Convolutions of many channels over few positions as matrix products, for training on CPUs.
 
 res5 of an image of 96 pixels has 3 × 3 positions. oneDNN's kernels, above all those of weight gradients, are made for
-larger maps, and are up to ten times slower there than one product (docs/SPEED.md). And on a map of one position,
-PyTorch 2.14 leaves parts of a weight gradient unwritten on some CPUs, which a product does not.
+larger maps, and in bfloat16 are up to ten times slower there than one product (docs/SPEED.md). And on a map of one
+position, PyTorch 2.14 leaves parts of a weight gradient unwritten on some CPUs, which a product does not.
+
+In float32 only weight gradients are products, so that results stay those of PyTorch bit for bit, and only on CPUs
+without AVX-512, where it was measured.
 """
 
 from typing import Any
@@ -100,31 +103,43 @@ class _Multiplying(nn.Conv2d):
 
     def _conv_forward(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         stride, padding = (self.stride[0], self.stride[1]), (int(self.padding[0]), int(self.padding[1]))
-        kind = _kind(input, weight, stride, padding)
+        dtype = _dtype(input)
+        kind = _kind(input, weight, bias, stride, padding)
         if kind is None:
             return super()._conv_forward(input, weight, bias)
-        low = input.to(torch.bfloat16), weight.to(torch.bfloat16)
-        found: Tensor = SmallMapConvolution.apply(*low, stride, padding, kind == "whole")
-        return found if bias is None else found + bias.to(torch.bfloat16).view(-1, 1, 1)
+        found: Tensor = SmallMapConvolution.apply(input.to(dtype), weight.to(dtype), stride, padding, kind == "whole")
+        return found if bias is None else found + bias.to(dtype).view(-1, 1, 1)
 
 
-def _kind(images: Tensor, weight: Tensor, stride: tuple[int, int], padding: tuple[int, int]) -> str | None:
+def _dtype(images: Tensor) -> torch.dtype:
+    """What a convolution of these images computes in."""
+    autocast = torch.is_autocast_enabled("cpu") and images.dtype != torch.float64
+    return torch.get_autocast_dtype("cpu") if autocast else images.dtype
+
+
+def _kind(
+    images: Tensor, weight: Tensor, bias: Tensor | None, stride: tuple[int, int], padding: tuple[int, int]
+) -> str | None:
     """What of a convolution is a product: "whole", "weight" (its gradient), or None."""
-    low = images.dtype == torch.bfloat16 or (
-        torch.is_autocast_enabled("cpu") and torch.get_autocast_dtype("cpu") == torch.bfloat16
-    )
-    if not low or images.device.type != "cpu" or torch.compiler.is_compiling():
+    if images.device.type != "cpu" or torch.compiler.is_compiling():
+        return None
+    low = _dtype(images) == torch.bfloat16
+    if not low and not (_dtype(images) == torch.float32 and bias is None and _without_avx512()):
         return None
     number, channels, *size = images.shape
     rows, columns = ((size[axis] + 2 * padding[axis] - weight.shape[2 + axis]) // stride[axis] + 1 for axis in range(2))
     pairs, positions = len(weight) * channels, number * rows * columns
     if min(number, rows, columns) < 1:  # no images, or a kernel larger than they are, which PyTorch complains about
         return None
-    if positions <= ALL_POSITIONS and pairs >= ALL_PAIRS:
+    if low and positions <= ALL_POSITIONS and pairs >= ALL_PAIRS:
         return "whole"
-    if positions <= WEIGHT_POSITIONS and (pairs >= WEIGHT_PAIRS or rows * columns == 1):
+    if positions <= WEIGHT_POSITIONS and (pairs >= WEIGHT_PAIRS or (low and rows * columns == 1)):
         return "weight"
     return None
+
+
+def _without_avx512() -> bool:
+    return torch.backends.cpu.get_cpu_capability() == "AVX2"
 
 
 class _MultiplyingConv2d(_Multiplying):

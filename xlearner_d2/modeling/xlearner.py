@@ -95,8 +95,7 @@ class XLearner(nn.Module):
         self.loss_weights = {source.name: source.loss_weight for source in sources}
         self.autocast_dtype = autocast_dtype
         self.log_prefix = ""
-        if autocast_dtype is not None:
-            multiply_small_maps(self)
+        multiply_small_maps(self)
         self.register_buffer("pixel_mean", torch.tensor(pixel_mean).view(-1, 1, 1), persistent=False)
         self.register_buffer("pixel_std", torch.tensor(pixel_std).view(-1, 1, 1), persistent=False)
 

@@ -172,8 +172,7 @@ class _Autocast(nn.Module):
         super().__init__()
         self.model = model
         self.dtype = dtype
-        if dtype is not None:
-            multiply_small_maps(model)
+        multiply_small_maps(model)
 
     def forward(self, inputs: Any) -> Any:
         with torch.autocast("cpu", self.dtype, enabled=self.dtype is not None):
