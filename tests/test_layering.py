@@ -12,14 +12,15 @@ ROOT = Path(__file__).resolve().parents[1] / PACKAGE
 #: Module or package -> what of ours it may import, packages with all that is in them. The longest name that fits a
 #: module decides: ``modeling.heads`` if it is listed, else ``modeling``.
 ALLOWED: dict[str, set[str]] = {
-    "": {"_quiet", "config", "modeling", "library"},
+    "": {"_quiet", "config", "modeling", "settings", "library"},
     "library": {"engine", "exports"},
     "lazy": {"specs", "config", "modeling", "engine"},
     "_quiet": set(),
     "specs": set(),
     "labels": set(),
     "extensions": {"specs"},
-    "config": {"specs"},
+    "settings": set(),
+    "config": {"specs", "settings"},
     "data": {"specs", "data.problems", "data.files", "data.stock_mapper", "labels", "extensions"},
     "data.stock_mapper": {"specs"},
     "data.problems": set(),
@@ -54,6 +55,7 @@ ALLOWED: dict[str, set[str]] = {
     "modeling.heads": {
         "specs",
         "config",
+        "settings",
         "extensions",
         "labels",
         "modeling.branches",
@@ -67,7 +69,7 @@ ALLOWED: dict[str, set[str]] = {
     "modeling.distill": {"modeling.branches", "modeling.expanded", "modeling.small_maps", "modeling.xlearner"},
     "modeling.plug_in": {
         "specs",
-        "config",
+        "settings",
         "checkpoint.load",
         "modeling.branches",
         "modeling.expanded",
@@ -78,7 +80,18 @@ ALLOWED: dict[str, set[str]] = {
     "evaluation": {"specs", "extensions", "labels", "data", "checkpoint", "evaluation"},
     "results": {"specs", "results"},
     "report": {"specs", "extensions", "labels", "data", "evaluation", "results", "report"},
-    "engine": {"specs", "config", "extensions", "data", "modeling", "checkpoint", "evaluation", "report", "engine"},
+    "engine": {
+        "specs",
+        "config",
+        "settings",
+        "extensions",
+        "data",
+        "modeling",
+        "checkpoint",
+        "evaluation",
+        "report",
+        "engine",
+    },
     "commands": {
         "specs",
         "config",
@@ -93,6 +106,7 @@ ALLOWED: dict[str, set[str]] = {
     "transfer": {
         "specs",
         "config",
+        "settings",
         "data",
         "modeling",
         "checkpoint",

@@ -1,4 +1,4 @@
-"""Write docs/SETTINGS.md from the comments of xlearner_d2/config.py and the docstrings of the records.
+"""Write docs/SETTINGS.md from the comments of xlearner_d2/settings.py and the docstrings of the records.
 
 python tools/settings.py [--check]
 """
@@ -22,13 +22,13 @@ RECORDS = {
 HEADER = """# Settings
 
 What this project adds to Detectron2's settings. Written by `python tools/settings.py`; edit the comments there instead:
-`xlearner_d2/config.py`, `xlearner_d2/specs.py`, `xlearner_d2/modeling/branches.py`, `xlearner_d2/transfer/suite.py`.
+`xlearner_d2/settings.py`, `xlearner_d2/specs.py`, `xlearner_d2/modeling/branches.py`, `xlearner_d2/transfer/suite.py`.
 
 """
 
 
 def read_settings(source: str) -> list[tuple[str, str, str]]:
-    """(name, default, comment) of each assignment to a config node in config.py, in order."""
+    """(name, default, comment) of each assignment to a config node in settings.py, in order."""
     nodes = {"cfg": ""}
     comment: list[str] = []
     found = []
@@ -75,8 +75,8 @@ def table(rows: list[tuple[str, str, str]], first: str) -> str:
 
 def render() -> str:
     """The whole page."""
-    config = (ROOT / "xlearner_d2/config.py").read_text(encoding="utf-8")
-    parts = [table(read_settings(config), "setting")]
+    keys = (ROOT / "xlearner_d2/settings.py").read_text(encoding="utf-8")
+    parts = [table(read_settings(keys), "setting")]
     for section, (file, record) in RECORDS.items():
         source = (ROOT / "xlearner_d2" / file).read_text(encoding="utf-8")
         parts.append(f"## A record of `{section}`\n\n{table(read_record(source, record), 'key')}")

@@ -6,8 +6,9 @@ Importing the package registers its meta-architectures and backbones with Detect
 from typing import TYPE_CHECKING, Any
 
 from . import _quiet  # noqa: F401  must come before Detectron2
-from .config import add_xlearner_config, load_config
+from .config import load_config
 from .modeling import ImageClassifier, XLearner
+from .settings import add_xlearner_config
 
 if TYPE_CHECKING:
     from .library import export, load_student, train

@@ -8,9 +8,9 @@ from detectron2.config import CfgNode, get_cfg
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
-from xlearner_d2.config import add_head_config
 from xlearner_d2.data.balance import build_stream, classes_of, sampler_of, share_images
 from xlearner_d2.data.streams import ClassAware, Grouped, RepeatFactor, Shuffled
+from xlearner_d2.settings import add_head_config
 from xlearner_d2.specs import ConfigError, SourceSpec
 
 SIZES = {"big": 900, "middle": 100, "small": 25}

@@ -13,10 +13,10 @@ from detectron2.structures import BoxMode
 from PIL import Image
 from torch import Tensor
 
-from xlearner_d2.config import add_head_config
 from xlearner_d2.data.classification import ClassificationMapper
 from xlearner_d2.data.loader import build_joint_train_loader, build_test_loader, group_by_source, start_at
 from xlearner_d2.data.mappers import SourceMapper
+from xlearner_d2.settings import add_head_config
 from xlearner_d2.specs import SourceSpec
 
 Records = list[dict[str, Any]]

@@ -14,9 +14,9 @@ from PIL import Image
 from shapely import affinity
 from shapely.geometry import Polygon, box
 
-from xlearner_d2.config import add_head_config
 from xlearner_d2.data.mappers import build_mapper
 from xlearner_d2.evaluation.build import build_evaluator, main_metric
+from xlearner_d2.settings import add_head_config
 
 BOX = [20.0, 12.0, 10.0, 6.0, 30.0]
 

@@ -13,10 +13,10 @@ from detectron2.utils.events import EventStorage
 from processes import LONG, Processes
 from torch import nn
 
-from xlearner_d2.config import SHARING
 from xlearner_d2.engine.trainer import distributed
 from xlearner_d2.modeling.distill import Distiller
 from xlearner_d2.modeling.expanded import TRUNK
+from xlearner_d2.settings import SHARING
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="forked processes cannot use autograd beside GPUs")
 

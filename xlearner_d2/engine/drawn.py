@@ -5,10 +5,10 @@ from dataclasses import dataclass, replace
 
 from detectron2.config import CfgNode
 
-from ..config import STEPS
 from ..data.balance import share_images
 from ..data.sources import SourceData
 from ..modeling.weighting import METHODS
+from ..settings import STEPS
 from ..specs import ConfigError, SourceSpec, nearest
 
 

@@ -17,7 +17,8 @@ from detectron2.engine import launch
 from detectron2.utils import comm
 from torch.multiprocessing import ProcessExitedException, ProcessRaisedException
 
-from ..config import load_config, usable_device
+from ..config import load_config
+from ..settings import usable_device
 from ..specs import ConfigError
 from .run import run, validate
 from .scaling import check_timeouts

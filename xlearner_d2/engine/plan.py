@@ -10,7 +10,6 @@ from pathlib import Path
 import torch
 from detectron2.config import CfgNode
 
-from ..config import SHARING, STAGES
 from ..data.balance import build_stream
 from ..data.sources import SourceData, load_records, register_sources, source_data
 from ..evaluation.build import check_evaluation
@@ -19,6 +18,7 @@ from ..modeling.branches import BranchSpec
 from ..modeling.distill import DISTANCES, NORMALISERS
 from ..modeling.expanded import STAGES as RESNET_STAGES
 from ..modeling.heads import COMPILED_HINT, derive_tasks, has_compiled_operators, head_config
+from ..settings import SHARING, STAGES
 from ..specs import ConfigError, ProbeSpec, SourceSpec, TaskSpec, nearest, parse_records, parse_sources
 from .branches import check_branches, check_networks
 from .drawn import Drawn, balance, check_sampling, check_weighting

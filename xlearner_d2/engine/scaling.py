@@ -4,7 +4,7 @@ from collections.abc import Iterator
 
 from detectron2.config import CfgNode
 
-from ..config import usable_device
+from ..settings import usable_device
 from ..specs import ConfigError
 
 

@@ -15,9 +15,10 @@ from detectron2.modeling.backbone.resnet import ResNet
 from detectron2.utils.logger import log_first_n
 from torch import nn
 
-from ..config import add_head_config, check_config_file
+from ..config import check_config_file
 from ..extensions import add_imported_configs
 from ..labels import PanopticLabels
+from ..settings import add_head_config
 from ..specs import ConfigError, SourceSpec, TaskSpec
 from .adapt import adapt
 from .branches import Branch, branch_config, follow_network, stand_on_branch

@@ -16,7 +16,7 @@ from detectron2.modeling import BACKBONE_REGISTRY, FPN, Backbone
 from torch import Tensor
 
 from ..checkpoint.load import load_strictly, read_checkpoint
-from ..config import add_xlearner_config
+from ..settings import add_xlearner_config
 from ..specs import ConfigError, TaskSpec, nearest
 from .branches import freeze_norm
 from .expanded import STAGES, ExpandedBackbone, build_expanded_backbone

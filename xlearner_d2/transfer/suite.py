@@ -9,11 +9,12 @@ from typing import Any
 from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog, MetadataCatalog
 
-from ..config import check_config_file, usable_device
+from ..config import check_config_file
 from ..data.builtin import dataset_root, register_datasets
 from ..data.check import check_records, check_same_classes
 from ..modeling.expanded import STAGES
 from ..modeling.heads import find_config
+from ..settings import usable_device
 from ..specs import ConfigError, DatasetSpec, nearest, parse_datasets, parse_record
 
 FAMILIES = ("classification", "detection", "segmentation")
