@@ -39,9 +39,21 @@ class Standardiser(nn.Module):
         super().__init__()
         self.min_momentum = min_momentum
         self.eps = eps
+        self._batches_seen: int | None = None
+        self.register_load_state_dict_post_hook(Standardiser._forget_batches_seen)
         self.register_buffer("mean", torch.zeros(channels))
         self.register_buffer("var", torch.ones(channels))
         self.register_buffer("num_batches", torch.zeros((), dtype=torch.long))
+
+    @property
+    def batches_seen(self) -> int:
+        """``num_batches``, without waiting for a GPU each time."""
+        if self._batches_seen is None:
+            self._batches_seen = int(self.num_batches)
+        return self._batches_seen
+
+    def _forget_batches_seen(self, _keys: object) -> None:
+        self._batches_seen = None
 
     @torch.no_grad()
     def update(self, features: Tensor) -> None:
@@ -53,17 +65,17 @@ class Standardiser(nn.Module):
                 torch.distributed.all_reduce(value)
                 value /= comm.get_world_size()
             var = second - mean**2
+        self._batches_seen = self.batches_seen + 1
         self.num_batches += 1
-        momentum = (1.0 / self.num_batches).clamp(min=self.min_momentum)
+        momentum = max(1.0 / self._batches_seen, self.min_momentum)
         delta = mean - self.mean
-        self.mean += momentum * delta
+        self.mean.add_(delta, alpha=momentum)
         # The variance of a mixture: what the batches have within them, and what their means have between them.
-        self.var += momentum * (var - self.var + (1 - momentum) * delta**2)
+        self.var.lerp_(var, momentum).addcmul_(delta, delta, value=momentum * (1 - momentum))
 
     def forward(self, features: Tensor) -> Tensor:
         """Standardised features, same shape."""
-        shift, scale = self.mean.view(-1, 1, 1), (self.var + self.eps).rsqrt().view(-1, 1, 1)
-        return (features - shift) * scale
+        return F.batch_norm(features, self.mean, self.var, eps=self.eps)
 
 
 class PHIStandardiser(Standardiser):
@@ -83,8 +95,6 @@ class PHIStandardiser(Standardiser):
 
         super().__init__(channels)
         self.last_update = last_update
-        self._seen: int | None = None  # num_batches, where reading it does not wait for the GPU
-        self.register_load_state_dict_post_hook(PHIStandardiser._forget_seen)
         self.register_buffer("cov", torch.eye(channels))
         self.register_buffer("rotation", torch.eye(channels))
         basis = torch.from_numpy(hadamard(channels)).float() / channels**0.5
@@ -93,11 +103,8 @@ class PHIStandardiser(Standardiser):
     @torch.no_grad()
     def update(self, features: Tensor) -> None:
         """Take features (N, C, H, W) float32 into account, until the rotation is settled."""
-        if self._seen is None:
-            self._seen = int(self.num_batches)
-        if self._seen >= self.last_update:
+        if self.batches_seen >= self.last_update:
             return
-        self._seen += 1
         super().update(features)
         points = features.movedim(1, -1).flatten(0, -2) - self.mean  # (N*H*W, C)
         cov = points.T @ points / len(points)
@@ -105,13 +112,10 @@ class PHIStandardiser(Standardiser):
             torch.distributed.all_reduce(cov)
             cov /= comm.get_world_size()
         self.cov += (cov - self.cov) / self.num_batches
-        if self._seen.bit_count() == 1:
+        if self.batches_seen.bit_count() == 1:
             values, vectors = torch.linalg.eigh(self.cov)
             scale = values.clamp(min=0).mean().clamp(min=self.eps).rsqrt()
             self.rotation.copy_(scale * self.hadamard @ vectors.T)
-
-    def _forget_seen(self, _keys: object) -> None:
-        self._seen = None
 
     def forward(self, features: Tensor) -> Tensor:
         """Rotated and scaled features, same shape."""
