@@ -42,6 +42,12 @@ def losses_of(args: Namespace, model: Any, batch: Any) -> dict[str, Tensor]:
         return model(batch)
 
 
+def train(args: Namespace, model: Any, batch: Any) -> None:
+    """Forward and backward pass as in training: gradients start from nothing."""
+    model.zero_grad()
+    backward(losses_of(args, model, batch))
+
+
 def precision(args: Namespace) -> tuple[str, bool]:
     """Options that choose the precision."""
     return ("SOLVER.AMP.ENABLED", args.amp)
@@ -66,7 +72,7 @@ def one_source_step(args: Namespace) -> Found:
             "ours": _stepper(ours, batch, make_optimizer(cfg, ours)),
             "stock": _stepper(stock, batch["source0"], make_optimizer(cfg, stock)),
         }
-        times = in_turn(runs, rounds=args.rounds)
+        times = in_turn(runs, rounds=args.rounds, by=args.by)
         found[head] = ratio(times["ours"], times["stock"])
     return found
 
@@ -106,19 +112,19 @@ def expansion_step(args: Namespace) -> Found:
     def own() -> None:
         waiting = [sent[source] for source in batch]
         backbone._auxiliary = lambda *_: waiting.pop(0)  # type: ignore[method-assign]
-        backward(losses_of(args, model, batch))
+        train(args, model, batch)
         backbone._auxiliary = compute  # type: ignore[method-assign]
 
     def own_alone() -> None:
-        backward(losses_of(args, plain, batch))
+        train(args, plain, batch)
 
     runs = {
-        "step": lambda: backward(losses_of(args, model, batch)),
+        "step": lambda: train(args, model, batch),
         "own": own,
         "others": others,
         "own alone": own_alone,
     }
-    times = in_turn(runs, rounds=args.rounds)
+    times = in_turn(runs, rounds=args.rounds, by=args.by)
     return {
         "against all its parts": ratio(times["step"], times["own"] + times["others"]),
         "against its parts without reconciliation layers": ratio(times["step"], times["own alone"] + times["others"]),
@@ -133,13 +139,13 @@ def detached_step(args: Namespace) -> Found:
         for sharing in ("detached", "bidirectional"):
             model = make_model(heads, "XLEARNER.SHARING", sharing, *precision(args))
             runs[sharing] = _pass(args, model, make_batch(model, count=args.images, size=args.size))
-        times = in_turn(runs, rounds=args.rounds)
+        times = in_turn(runs, rounds=args.rounds, by=args.by)
         found[name] = ratio(times["detached"], times["bidirectional"])
     return found
 
 
 def _pass(args: Namespace, model: XLearner, batch: Batch) -> Run:
-    return lambda: backward(losses_of(args, model, batch))
+    return lambda: train(args, model, batch)
 
 
 def squeeze_step(args: Namespace) -> Found:
@@ -157,6 +163,7 @@ def squeeze_step(args: Namespace) -> Found:
     images = group.images.contiguous(memory_format=torch.channels_last)
 
     def parts(*, project: bool) -> None:
+        distiller.zero_grad()
         with teacher.autocast(), mixed_precision(args):
             with torch.no_grad(), inference_mode_norm(teacher.backbone):
                 teacher.backbone.forward_all(images)
@@ -166,11 +173,11 @@ def squeeze_step(args: Namespace) -> Found:
         sum(feature.float().mean() for feature in projected or features.values()).backward()
 
     runs: dict[str, Run] = {
-        "step": lambda: backward(losses_of(args, distiller, batch)),
+        "step": lambda: train(args, distiller, batch),
         "parts": lambda: parts(project=True),
         "without projectors": lambda: parts(project=False),
     }
-    times = in_turn(runs, rounds=args.rounds)
+    times = in_turn(runs, rounds=args.rounds, by=args.by)
     return {
         "against teacher and student with projectors": ratio(times["step"], times["parts"]),
         "against teacher and student": ratio(times["step"], times["without projectors"]),
@@ -232,7 +239,7 @@ def layers_run_again(args: Namespace) -> Found:
     for recompute in (True, False):
         model = make_model(THREE_TASKS, "XLEARNER.RECONCILIATION.RECOMPUTE", recompute, *precision(args))
         runs[str(recompute)] = _pass(args, model, make_batch(model, count=args.images, size=args.size))
-    times = in_turn(runs, rounds=args.rounds)
+    times = in_turn(runs, rounds=args.rounds, by=args.by)
     return {"three kinds of heads": ratio(times["True"], times["False"])}
 
 
@@ -242,7 +249,7 @@ def compiled_step(args: Namespace) -> Found:
     for backend in ("inductor", ""):
         model = make_model(THREE_TASKS, "XLEARNER.COMPILE", backend, *precision(args))
         runs[backend] = _pass(args, model, make_batch(model, count=args.images, size=args.size))
-    times = in_turn(runs, rounds=args.rounds, warmup=4)
+    times = in_turn(runs, rounds=args.rounds, by=args.by, warmup=4)
     return {"three kinds of heads": ratio(times["inductor"], times[""])}
 
 
@@ -271,7 +278,9 @@ def exported_student(args: Namespace) -> Found:
     with torch.no_grad():
         expected, given = student(images), stock(images)
         assert all(torch.equal(expected[stage], given[stage]) for stage in expected), "outputs differ"
-        times = in_turn({"exported": lambda: stock(images), "stock": lambda: other(images)}, rounds=2 * args.rounds)
+        times = in_turn(
+            {"exported": lambda: stock(images), "stock": lambda: other(images)}, rounds=2 * args.rounds, by=args.by
+        )
     return {"bit-identical outputs": ratio(times["exported"], times["stock"])}
 
 
@@ -288,7 +297,7 @@ def small_maps(args: Namespace) -> Found:
         images = torch.randn(count, 3, size, size).to(memory_format=torch.channels_last)
         dtype = cpu_autocast_dtype(cfg)
         runs = {"ours": _cpu_step(changed, images, dtype), "stock": _cpu_step(plain, images, dtype)}
-        times = in_turn(runs, rounds=args.rounds)
+        times = in_turn(runs, rounds=args.rounds, by=args.by)
         found[f"ResNet-{depth}, {count} images of {size} pixels"] = ratio(times["ours"], times["stock"])
     return found
 
@@ -302,7 +311,7 @@ def optimiser(args: Namespace) -> Found:
         for parameter in network.parameters():
             parameter.grad = torch.randn_like(parameter)
         runs[name] = kind(network.parameters(), lr=1e-3, fused=True).step
-    times = in_turn(runs, rounds=2 * args.rounds)
+    times = in_turn(runs, rounds=2 * args.rounds, by=args.by)
     return {"AdamW": ratio(times["ours"], times["stock"])}
 
 

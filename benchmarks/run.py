@@ -31,6 +31,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", nargs="+", choices=list(BENCHMARKS), default=list(BENCHMARKS), help="what to measure")
     parser.add_argument("--rounds", type=int, default=15, help="measured rounds of each comparison")
+    parser.add_argument(
+        "--by", choices=["time", "calls"], default="time", help="what is compared: calls of PyTorch are"
+    )
     parser.add_argument("--images", type=int, default=8, help="images of each source in a step")
     parser.add_argument("--size", type=int, default=128, help="side of the images in pixels")
     parser.add_argument("--threads", type=int, default=1, help="threads of torch on a CPU")

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 Run = Callable[[], Any]
 
@@ -20,28 +21,62 @@ def synchronize() -> None:
         torch.cuda.synchronize()
 
 
-def in_turn(runs: Mapping[str, Run], *, rounds: int, warmup: int = 2) -> dict[str, np.ndarray]:
-    """Milliseconds of each run in each round, in an order that alternates from round to round.
+class CallCounter(TorchDispatchMode):
+    """Counts calls of PyTorch's operators that compute or copy; each of them is launched by itself on a GPU.
 
-    On a CPU these are milliseconds of processor time, which other processes do not add to; on a GPU, of wall time.
+    Views, empty memory and answers of the processor are not counted.
     """
-    clock = perf_counter if torch.cuda.is_available() else process_time
-    times: dict[str, list[float]] = {name: [] for name in runs}
+
+    #: Operators that are not marked as views, but start nothing either.
+    IDLE = ("empty", "empty_like", "new_empty", "_unsafe_view", "lift_fresh", "_local_scalar_dense", "is_pinned")
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.number = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.number += not func.is_view and func.overloadpacket.__name__ not in self.IDLE
+        return func(*args, **(kwargs or {}))
+
+
+def in_turn(runs: Mapping[str, Run], *, rounds: int, warmup: int = 2, by: str = "time") -> dict[str, np.ndarray]:
+    """What each run takes in each round, in an order that alternates from round to round.
+
+    Args:
+        by: "time" in milliseconds, on a CPU of processor time, which other processes do not add to, on a GPU of wall
+            time; or "calls", see :class:`CallCounter`, which are the same in each round, so one is counted.
+    """
+    measure = {"time": milliseconds, "calls": calls}[by]
+    rounds = rounds if by == "time" else 1
+    found: dict[str, list[float]] = {name: [] for name in runs}
     for number in range(rounds + warmup):
         for name in runs if number % 2 else reversed(runs):
             torch.manual_seed(number)  # what is drawn at random, such as proposals, is drawn alike
-            synchronize()
-            start = clock()
-            runs[name]()
-            synchronize()
-            times[name].append(1000 * (clock() - start))
-    return {name: np.array(found[warmup:]) for name, found in times.items()}
+            found[name].append(measure(runs[name]))
+    return {name: np.array(values[warmup:]) for name, values in found.items()}
+
+
+def milliseconds(run: Run) -> float:
+    """Of processor time, on a GPU of wall time."""
+    clock = perf_counter if torch.cuda.is_available() else process_time
+    synchronize()
+    start = clock()
+    run()
+    synchronize()
+    return 1000 * (clock() - start)
+
+
+def calls(run: Run) -> float:
+    """Of PyTorch's operators, see :class:`CallCounter`."""
+    with CallCounter() as counter:
+        run()
+    return float(counter.number)
 
 
 def ratio(above: np.ndarray, below: np.ndarray) -> dict[str, float]:
     """Median and quartiles of the ratio of two runs, round by round, and the median of each."""
     low, middle, high = np.percentile(above / below, [25, 50, 75])
-    found = {"ratio": middle, "q1": low, "q3": high, "ms": np.median(above), "reference_ms": np.median(below)}
+    found = {"ratio": middle, "q1": low, "q3": high, "measured": np.median(above), "reference": np.median(below)}
     return {name: round(float(value), 4) for name, value in found.items()}
 
 

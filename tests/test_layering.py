@@ -45,7 +45,8 @@ ALLOWED: dict[str, set[str]] = {
     "data.loader": {"specs", "data.balance", "data.mappers", "data.samplers", "data.sources"},
     "modeling": {"modeling"},
     "modeling.reconciliation": set(),
-    "modeling.classifier": set(),
+    "modeling.pixels": set(),
+    "modeling.classifier": {"modeling.pixels"},
     "modeling.necks": set(),
     "modeling.timm_backbone": {"specs", "modeling.necks"},
     "modeling.branches": {"specs", "modeling.timm_backbone"},
@@ -65,7 +66,7 @@ ALLOWED: dict[str, set[str]] = {
     },
     "modeling.weighting": set(),
     "modeling.small_maps": set(),
-    "modeling.xlearner": {"specs", "modeling.expanded", "modeling.heads", "modeling.small_maps"},
+    "modeling.xlearner": {"specs", "modeling.expanded", "modeling.heads", "modeling.pixels", "modeling.small_maps"},
     "modeling.distill": {"modeling.branches", "modeling.expanded", "modeling.small_maps", "modeling.xlearner"},
     "modeling.plug_in": {
         "specs",

@@ -1,6 +1,7 @@
 """A study with real worker processes: killed, continued, with a cell that fails; and what is measured again when."""
 
 import hashlib
+import os
 import runpy
 import signal
 import subprocess
@@ -10,6 +11,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pytest
+import torch
 from tiny_suite import ROOT, TinySuite, fine_tune, one_set
 
 from xlearner_d2.results.records import CellRecord, read_records
@@ -17,7 +19,7 @@ from xlearner_d2.specs import ConfigError
 from xlearner_d2.transfer import measure as measuring
 from xlearner_d2.transfer.backbones import BackboneSpec, parse_backbones
 from xlearner_d2.transfer.measure import measure
-from xlearner_d2.transfer.runner import Cell, all_cells, run_cell, unfinished
+from xlearner_d2.transfer.runner import Cell, all_cells, run_cell, unfinished, worker_threads
 
 DIVERGING = ["SOLVER.BASE_LR", 1e38, "SOLVER.CLIP_GRADIENTS.ENABLED", False, "SOLVER.MAX_ITER", 3]
 DEADLINE = 240
@@ -105,6 +107,17 @@ def study(tmp_path_factory: pytest.TempPathFactory) -> Study:
         measure(str(found.file), found.backbones, [0], found.out, jobs=2)
     found.failure = str(caught.value)
     return found
+
+
+@pytest.mark.parametrize(
+    ("cores", "allowed", "jobs", "threads"), [(8, 8, 2, 4), (8, 1, 2, 1), (8, 8, 3, 2), (2, 2, 4, 1), (8, 3, 1, 3)]
+)
+def test_workers_share_the_cores_that_are_allowed(
+    cores: int, allowed: int, jobs: int, threads: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(cores)), raising=False)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: allowed)
+    assert worker_threads(jobs) == threads
 
 
 # A study that was killed, and one cell of which fails

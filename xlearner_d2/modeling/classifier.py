@@ -10,6 +10,8 @@ from timm.data import Mixup
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from .pixels import normalise
+
 
 @META_ARCH_REGISTRY.register()
 class ImageClassifier(nn.Module):
@@ -102,8 +104,7 @@ class ImageClassifier(nn.Module):
             one, or ``{"label_scores": (num_classes,)}``, each a probability, if it may have several.
         """
         images = [x["image"].to(self.device, non_blocking=True) for x in batched_inputs]
-        images = [(image - self.pixel_mean) / self.pixel_std for image in images]
-        batch = ImageList.from_tensors(images).tensor
+        batch = ImageList.from_tensors(normalise(images, self.pixel_mean, self.pixel_std)).tensor.flatten(0, -4)
         if not self.training:
             logits = self._logits(batch).float()
             if self.multi_label:

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from ..specs import ConfigError, SourceSpec, parse_sources
 from .expanded import ExpandedBackbone, build_expanded_backbone
 from .heads import build_head, derive_tasks, head_config
+from .pixels import normalise
 from .small_maps import multiply_small_maps
 
 #: source name -> what its mapper made of this step's images
@@ -226,10 +227,7 @@ class XLearner(nn.Module):
     def preprocess(self, source: str, inputs: list[dict[str, Any]]) -> Tensor:
         """Normalised images of one source, padded to one size as its head pads them: (N, 3, H, W) float32."""
         images = [x["image"].to(self.device, non_blocking=True) for x in inputs]
-        if len({image.shape for image in images}) == 1:  # all in one go: on a GPU, what counts is the number of calls
-            normalised = [(torch.stack(images) - self.pixel_mean) / self.pixel_std]
-        else:
-            normalised = [(image - self.pixel_mean) / self.pixel_std for image in images]
+        normalised = normalise(images, self.pixel_mean, self.pixel_std)
         backbone = getattr(self.heads[source], "backbone", None)
         if isinstance(backbone, Backbone):
             constraints = backbone.padding_constraints

@@ -146,7 +146,7 @@ def _start_worker(suite_file: str, opts: Sequence[str], counter: Any, jobs: int)
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     # Loaders fork: a spawned loader process would import everything again.
     multiprocessing.set_start_method("fork", force=True)
-    threads = max(1, (len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 1) // jobs)
+    threads = worker_threads(jobs)
     torch.set_num_threads(threads)
     threadpool_limits(threads)  # of scikit-learn and of what it is built on
     logging.getLogger("detectron2").setLevel(logging.WARNING)
@@ -157,6 +157,15 @@ def _start_worker(suite_file: str, opts: Sequence[str], counter: Any, jobs: int)
     if torch.cuda.is_available():
         torch.cuda.set_device(number % torch.cuda.device_count())
     _suite = parse_suite(load_config(suite_file, opts))
+
+
+def worker_threads(jobs: int) -> int:
+    """Threads of each of so many workers: their share of the cores, but no more than ``OMP_NUM_THREADS`` allows.
+
+    More threads than cores are free make a linear probe ten times slower: those of OpenBLAS wait for each other busily.
+    """
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 1
+    return max(1, min(cores // jobs, torch.get_num_threads()))
 
 
 def _end_with_parent() -> None:
