@@ -58,7 +58,7 @@ class Standardiser(nn.Module):
     @torch.no_grad()
     def update(self, features: Tensor) -> None:
         """Take features (N, C, H, W) float32 into account."""
-        var, mean = torch.var_mean(features, dim=(0, 2, 3), correction=0)
+        var, mean = torch.var_mean(features.to(self.mean.dtype), dim=(0, 2, 3), correction=0)
         if comm.get_world_size() > 1:
             second = var + mean**2
             for value in (mean, second):
@@ -75,7 +75,7 @@ class Standardiser(nn.Module):
 
     def forward(self, features: Tensor) -> Tensor:
         """Standardised features, same shape."""
-        return F.batch_norm(features, self.mean, self.var, eps=self.eps)
+        return F.batch_norm(features.to(self.mean.dtype), self.mean, self.var, eps=self.eps)
 
 
 class PHIStandardiser(Standardiser):
