@@ -6,6 +6,7 @@ GPU that is measured.
 
     python benchmarks/run.py                                   # all ratios: about ten minutes on one CPU core
     python benchmarks/run.py --only "squeeze step" memory
+    python benchmarks/run.py --only "squeeze step" --by calls
     python benchmarks/run.py --only scaling coco loader
 """
 
@@ -31,9 +32,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", nargs="+", choices=list(BENCHMARKS), default=list(BENCHMARKS), help="what to measure")
     parser.add_argument("--rounds", type=int, default=15, help="measured rounds of each comparison")
-    parser.add_argument(
-        "--by", choices=["time", "calls"], default="time", help="what is compared: calls of PyTorch are"
-    )
+    wish = "compare time, or calls of PyTorch, which take most of the time of small networks on a GPU"
+    parser.add_argument("--by", choices=["time", "calls"], default="time", help=wish)
     parser.add_argument("--images", type=int, default=8, help="images of each source in a step")
     parser.add_argument("--size", type=int, default=128, help="side of the images in pixels")
     parser.add_argument("--threads", type=int, default=1, help="threads of torch on a CPU")
@@ -48,7 +48,7 @@ def main() -> None:
         found = BENCHMARKS[name](args)
         results[name] = found
         print_found(name, found)
-        settings = {key: getattr(args, key) for key in ("rounds", "images", "size", "amp")}
+        settings = {key: getattr(args, key) for key in ("by", "rounds", "images", "size", "amp")}
         results[name]["measured with"] = {**machine(), **settings}  # type: ignore[assignment]
         file.write_text(json.dumps(results, indent=2) + "\n")
 
