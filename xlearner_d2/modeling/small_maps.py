@@ -103,10 +103,10 @@ class _Multiplying(nn.Conv2d):
 
     def _conv_forward(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         stride, padding = (self.stride[0], self.stride[1]), (int(self.padding[0]), int(self.padding[1]))
-        dtype = _dtype(input)
         kind = _kind(input, weight, bias, stride, padding)
         if kind is None:
             return super()._conv_forward(input, weight, bias)
+        dtype = _dtype(input)
         found: Tensor = SmallMapConvolution.apply(input.to(dtype), weight.to(dtype), stride, padding, kind == "whole")
         return found if bias is None else found + bias.to(dtype).view(-1, 1, 1)
 

@@ -162,7 +162,7 @@ def _start_worker(suite_file: str, opts: Sequence[str], counter: Any, jobs: int)
 def worker_threads(jobs: int) -> int:
     """Threads of each of so many workers: their share of the cores, but no more than ``OMP_NUM_THREADS`` allows.
 
-    More threads than cores are free make a linear probe ten times slower: those of OpenBLAS wait for each other busily.
+    More threads than cores are free make a linear probe several times slower: OpenBLAS's wait for each other busily.
     """
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 1
     return max(1, min(cores // jobs, torch.get_num_threads()))
