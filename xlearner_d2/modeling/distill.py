@@ -144,6 +144,7 @@ class NoNormaliser(nn.Module):
         return features
 
 
+Features = Mapping[str, Tensor]
 Normaliser = Standardiser | L2Normaliser | NoNormaliser
 NORMALISERS: dict[str, Callable[[int], Normaliser]] = {
     "standardise": Standardiser,
@@ -159,7 +160,7 @@ def _cosine(hint: Tensor, target: Tensor) -> Tensor:
 
 #: name -> distance of a projected student feature and a normalised teacher feature, both (N, C, H, W) -> scalar
 DISTANCES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
-    "cosine_smooth_l1": lambda hint, target: 0.5 * _cosine(hint, target) + 0.5 * F.smooth_l1_loss(hint, target),
+    "cosine_smooth_l1": lambda hint, target: 0.5 * (_cosine(hint, target) + F.smooth_l1_loss(hint, target)),
     "mse": F.mse_loss,
     "cosine": _cosine,
     "smooth_l1": F.smooth_l1_loss,
@@ -261,40 +262,36 @@ class Distiller(nn.Module):
     def forward(self, batches: SourceBatches) -> dict[str, Tensor]:
         """``{"loss_hint_<task>": scalar}``, averaged over the step's images, and in training the task heads' losses."""
         with self.teacher.autocast():
-            losses: dict[str, list[Tensor]] = {f"loss_hint_{task}": [] for task in self.projectors}
+            hints: dict[str, list[Tensor]] = {task: [] for task in self.projectors}
             task_losses: dict[str, Tensor] = {}
             # Together, because the student's batch statistics should be those of the mix it will be used on.
             groups = self.teacher.image_groups(batches, together=True)
             total = sum(len(group.images) for group in groups)
             for group in groups:
                 features = self.student(group.images.contiguous(memory_format=self.teacher.backbone.memory_format))
-                for task, loss in self._hint_losses(group, features).items():
-                    losses[f"loss_hint_{task}"].append(loss / total)
+                for task, own, targets in self._matched(group, features):
+                    share = len(next(iter(own.values()))) / total
+                    hints[task] += self._hint_losses(task, own, targets, weight=self.hint_weight * share)
                 if self.learner is not None and self.training:
                     task_losses |= self.learner.head_losses(batches, group, features)
-            hints = {name: self.hint_weight * torch.stack(parts).sum() for name, parts in losses.items()}
+            losses = {f"loss_hint_{task}": self._total(parts) for task, parts in hints.items()}
             ordered = {name: task_losses[name] for source in batches for name in task_losses if _of(name, source)}
-            return hints | ordered
+            return losses | ordered
 
-    def _hint_losses(self, group: ImageGroup, features: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """By task, the sum over the images of a group of each one's hint loss."""
-        if not self.own_images:
-            with torch.no_grad(), inference_mode_norm(self.teacher.backbone):
-                targets = self.teacher.backbone.forward_all(group.images)
-            count = len(group.images)
-            return {task: count * self._hint_loss(task, features, targets[task]) for task in self.projectors}
-        losses = {task: features["res5"].new_zeros((), dtype=torch.float32) for task in self.projectors}
-        for source, rows in group.rows.items():
-            task = self.teacher.task_of[source]
-            with torch.no_grad(), inference_mode_norm(self.teacher.backbone):
-                target = self.teacher.backbone(group.images[rows], task)
-            own = {stage: feature[rows] for stage, feature in features.items()}
-            losses[task] = losses[task] + (rows.stop - rows.start) * self._hint_loss(task, own, target)
-        return losses
+    def _matched(self, group: ImageGroup, features: Features) -> list[tuple[str, Features, Features]]:
+        """Tasks, the student's features of the images that the branch of each gives hints for, and the branch's."""
+        backbone = self.teacher.backbone
+        with torch.no_grad(), inference_mode_norm(backbone):
+            if not self.own_images:
+                return [(task, features, targets) for task, targets in backbone.forward_all(group.images).items()]
+            parts = [(self.teacher.task_of[source], rows) for source, rows in group.rows.items()]
+            targets = [backbone(group.images[rows], task) for task, rows in parts]
+        own = [{stage: feature[rows] for stage, feature in features.items()} for _, rows in parts]
+        return [(task, mine, theirs) for (task, _), mine, theirs in zip(parts, own, targets, strict=True)]
 
-    def _hint_loss(self, task: str, features: Mapping[str, Tensor], targets: Mapping[str, Tensor]) -> Tensor:
-        """Mean over the images of the distance to one branch's features, summed over the stages."""
-        parts = []
+    def _hint_losses(self, task: str, features: Features, targets: Features, *, weight: float) -> list[Tensor]:
+        """By stage, the mean over the images of the distance to one branch's features, times the weights."""
+        losses = []
         normalisers = cast(nn.ModuleDict, self.normalisers[task])
         for stage, projector in cast(nn.ModuleDict, self.projectors[task]).items():
             target = targets[stage].float()
@@ -302,8 +299,12 @@ class Distiller(nn.Module):
             if self.training:
                 normaliser.update(target)
             hint = projector(features[stage]).float()
-            parts.append(self.stage_weights[stage] * self.distance(hint, normaliser(target)))
-        return torch.stack(parts).sum()
+            losses.append(weight * self.stage_weights[stage] * self.distance(hint, normaliser(target)))
+        return losses
+
+    def _total(self, losses: Sequence[Tensor]) -> Tensor:
+        """Their sum; zero where there are none."""
+        return sum(losses[1:], start=losses[0]) if losses else torch.zeros((), device=self.teacher.device)
 
 
 def _of(name: str, source: str) -> bool:
