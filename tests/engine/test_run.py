@@ -160,6 +160,26 @@ def test_dry_run_tells_the_plan_and_writes_nothing(project):
     assert not (project.root / "out").exists()
 
 
+def test_the_plan_of_a_shared_trunk_has_one_branch(project):
+    plan = project.dry_run("XLEARNER.STAGE", "expand", "XLEARNER.SHARING", "shared")
+    table = plan[plan.index("branch ") :].split("\n\n")[0].splitlines()
+    assert len(table) == 3
+    assert re.match(r"trunk\s+areas, boxes, pics\s+ResNet-50", table[2])
+    assert plan.endswith("out/expanded.pth.")
+
+
+@pytest.mark.parametrize(("online", "steps", "epochs"), [(False, 8, "2"), (True, 2, "0.5")])
+def test_the_plan_of_a_squeeze_has_its_own_steps(finished, online, steps, epochs):
+    stage = [] if online else ["XLEARNER.STAGE", "squeeze"]
+    opts = [*stage, "XLEARNER.SQUEEZE.ONLINE", online, "XLEARNER.SQUEEZE.SOLVER.MAX_ITER", 8]
+    plan = finished.dry_run(
+        *opts, "OUTPUT_DIR", finished.root / "else", "XLEARNER.SQUEEZE.TEACHER", finished.root / "out/expanded.pth"
+    )
+    assert f"squeeze for {steps} steps" in plan
+    assert re.search(rf"boxes\s+detection\s+8\s+8\s+3\s+2\s+{epochs}\s", plan)
+    assert plan.endswith("else/student_d2.pth.")
+
+
 def test_squeeze_without_a_teacher_says_what_to_do(project):
     with pytest.raises(ConfigError, match=r"no expanded model .*expanded\.pth: run XLEARNER\.STAGE expand first"):
         project.run("XLEARNER.STAGE", "squeeze")

@@ -1,5 +1,6 @@
 """The plan in words and tables: what will be trained, on what, for how long, in how much memory."""
 
+from collections.abc import Sequence
 from typing import Any
 
 from detectron2.config import CfgNode
@@ -9,10 +10,12 @@ from torch import nn
 
 from ..modeling import XLearner
 from ..modeling.branches import branch_config, network_name
-from ..specs import SourceSpec
+from ..specs import SourceSpec, TaskSpec
 from .growth import grow
 from .plan import EXPANDED_FILE, STUDENT_FILE, Drawn, Plan, squeeze_config
 from .trial import expected_memory
+
+RESULTS = {"expand": EXPANDED_FILE, "squeeze": STUDENT_FILE}
 
 
 def explain(plan: Plan) -> str:
@@ -27,10 +30,8 @@ def explain(plan: Plan) -> str:
     growth = []
     if plan.growth is not None and "expand" in plan.stages:
         growth = [f"It extends {plan.growth.path}: {grow(model, plan.cfg, plan.growth, plan.branches)}"]
-    squeeze_steps = squeeze_config(plan.cfg).SOLVER.MAX_ITER
-    steps = {"expand": plan.cfg.SOLVER.MAX_ITER, "squeeze": squeeze_steps}
     lines = [
-        f"The plan: {', then '.join(f'{stage} for {steps[stage]} steps' for stage in plan.stages)}, "
+        f"The plan: {', then '.join(f'{stage} for {_steps(plan, stage)} steps' for stage in plan.stages)}, "
         f"on {_devices(plan)}, sharing {plan.cfg.XLEARNER.SHARING!r}.",
         *_scaling(plan),
         *growth,
@@ -42,9 +43,14 @@ def explain(plan: Plan) -> str:
         f"Parameters in training: {_trained(model)} in all, {_trained(model.backbone.reconciliation)} of them in "
         "reconciliation layers. Expected memory of a training step: about "
         f"{expected_memory(plan, model):.1f} GB a worker, besides what its libraries take.",
-        f"Results: {plan.cfg.OUTPUT_DIR}/{EXPANDED_FILE}, {plan.cfg.OUTPUT_DIR}/{STUDENT_FILE}.",
+        f"Results: {', '.join(f'{plan.cfg.OUTPUT_DIR}/{RESULTS[stage]}' for stage in plan.stages)}.",
     ]
     return "\n".join(lines)
+
+
+def _steps(plan: Plan, stage: str) -> int:
+    alone = stage == "squeeze" and not plan.cfg.XLEARNER.SQUEEZE.ONLINE
+    return int((squeeze_config(plan.cfg) if alone else plan.cfg).SOLVER.MAX_ITER)
 
 
 def _scaling(plan: Plan) -> list[str]:
@@ -77,7 +83,7 @@ def _source_row(plan: Plan, model: XLearner, source: SourceSpec, drawn: Drawn) -
     by_name = {of.name: of for of in drawn.sources}
     if source.name in by_name:
         images, part = by_name[source.name].ims_per_batch, drawn.part(source)
-        epochs = plan.cfg.SOLVER.MAX_ITER * part * images / len(data.train)
+        epochs = _steps(plan, plan.stages[0]) * part * images / len(data.train)
         seen = [images, *([f"{drawn.turns[source.name]} of {sum(drawn.turns.values())}"] if drawn.turns else [])]
         seen.append(f"{epochs:.1f}")
     else:
@@ -108,23 +114,23 @@ def _num_classes(head: CfgNode) -> str:
 
 
 def _branches_table(plan: Plan, model: XLearner) -> str:
-    rows = []
-    for task in plan.tasks:
-        name = model.backbone.branch_of[task.name]
-        branch, incoming = model.backbone.branch(name), model.backbone.incoming(name)
-        receives = ", ".join(incoming.stages) if incoming is not None else "nothing"
-        stages = ", ".join(branch.output_shape())
-        rows.append(
-            (
-                task.name,
-                ", ".join(task.sources),
-                network_name(branch_config(plan.cfg, task.name)),
-                stages,
-                receives,
-                _millions(branch),
-            )
-        )
+    tasks = {
+        name: [t for t in plan.tasks if model.backbone.branch_of[t.name] == name] for name in model.backbone.branches
+    }
+    rows = [_branch_row(plan, model, name, of) for name, of in tasks.items()]
     return tabulate(rows, headers=["branch", "sources", "network", "stages", "receives at", "parameters"])
+
+
+def _branch_row(plan: Plan, model: XLearner, name: str, tasks: Sequence[TaskSpec]) -> tuple[str, ...]:
+    branch, incoming = model.backbone.branch(name), model.backbone.incoming(name)
+    return (
+        name,
+        ", ".join(source for task in tasks for source in task.sources),
+        network_name(branch_config(plan.cfg, tasks[0].name)),
+        ", ".join(branch.output_shape()),
+        ", ".join(incoming.stages) if incoming is not None else "nothing",
+        _millions(branch),
+    )
 
 
 def _trained(module: nn.Module) -> str:

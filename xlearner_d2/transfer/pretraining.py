@@ -204,6 +204,7 @@ def _run(study: StudySpec, name: str, seed: int, folder: Path, *, jobs: int) -> 
         if _finished(folder, name, seed):
             return 0
         (output / SETTINGS_FILE).write_text(_settings(study, name) + "\n", encoding="utf-8")
+        logger.info(f"Run {name}, seed {seed}: started, its log is {log.name}.")
         started = time.monotonic()
         environment = {**os.environ, "OMP_NUM_THREADS": str(threads)}
         code = subprocess.run(
