@@ -118,8 +118,8 @@ def _merge_free_overrides(cfg: CfgNode, opts: Sequence[str]) -> list[str]:
                 cfg.XLEARNER.BRANCHES[name] = _decode(key, text)
             case ["XLEARNER" as part, "FREEZE" as kind]:  # names, which yacs would want in quotes
                 cfg[part][kind] = _decode(key, text)
-            case ["XLEARNER", "SQUEEZE", "SOLVER", inner]:
-                cfg.XLEARNER.SQUEEZE.SOLVER[inner] = _decode(key, text)
+            case ["XLEARNER", "SQUEEZE", "SOLVER" | "TASK_WEIGHTS" as kind, inner]:
+                cfg.XLEARNER.SQUEEZE[kind][inner] = _decode(key, text)
             case _:
                 rest += [key, text]
     return rest

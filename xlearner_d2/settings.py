@@ -137,6 +137,9 @@ def _add_squeeze(x: CfgNode) -> None:
     q.OWN_IMAGES = False
     # Factor on all hints, against the task losses.
     q.HINT_WEIGHT = 1.0
+    # By task, a further factor on the hints of its branch, such as {classification: 0.0}; 1 for those not named, and 0
+    # asks a branch for none.
+    q.TASK_WEIGHTS = CfgNode(new_allowed=True)
     # Batches of the source mix, each of images of one size, over which the student's BN statistics are estimated at
     # the end; 0 keeps the running averages.
     q.BN_RECALIBRATION_BATCHES = 50

@@ -17,6 +17,8 @@ from xlearner_d2.modeling.expanded import TRUNK
 
 LABELS = ("XLEARNER.SQUEEZE.TASK_LOSSES", True)
 HINTS = ("XLEARNER.SQUEEZE.TASK_LOSSES", False)
+TASKS = ("classification", "detection", "segmentation")
+NO_HINTS = [item for task in TASKS for item in (f"XLEARNER.SQUEEZE.TASK_WEIGHTS.{task}", 0.0)]
 
 
 def weights(path: Path) -> dict[str, Tensor]:
@@ -148,6 +150,30 @@ def test_hint_weight_is_that_of_the_config(finished: Project) -> None:
         torch.testing.assert_close(losses[1][name], 4 * loss)
 
 
+def test_hints_of_a_task_weigh_as_the_config_says(finished: Project) -> None:
+    batches = next(iter(build_loader(plan_of(finished), "squeeze")))
+    losses = []
+    for opts in ((), ("XLEARNER.SQUEEZE.TASK_WEIGHTS.detection", 4.0)):
+        torch.manual_seed(0)
+        losses.append(hook_of(finished, *opts).distiller.eval()(batches))
+    for name, loss in losses[0].items():
+        torch.testing.assert_close(losses[1][name], loss * (4 if name == "loss_hint_detection" else 1))
+
+
+@pytest.mark.parametrize("own_images", [False, True])
+def test_branches_without_weight_are_not_asked(finished: Project, own_images: bool) -> None:
+    opts = ("XLEARNER.SQUEEZE.TASK_WEIGHTS.detection", 0.0, "XLEARNER.SQUEEZE.OWN_IMAGES", own_images)
+    distiller = hook_of(finished, *opts).distiller.eval()
+    last = distiller.teacher.backbone.branch("detection").res5
+    last.register_forward_hook(lambda *_: pytest.fail("the last stage of detection was run"))
+    losses = distiller(next(iter(build_loader(plan_of(finished), "squeeze"))))
+    assert {name for name in losses if name.startswith("loss_hint")} == {
+        "loss_hint_classification",
+        "loss_hint_segmentation",
+    }
+    assert "detection" not in distiller.projectors
+
+
 def test_online_squeeze_logs_the_students_heads_apart(finished: Project, tmp_path: Path) -> None:
     """Both models have heads of the same names; the expansion's results are those it has without a student."""
     out = tmp_path / "online"
@@ -186,6 +212,18 @@ def test_ill_typed_settings_are_refused(finished: Project, key: str, value: Any,
         (
             ("XLEARNER.SQUEEZE.HINT_WEIGHT", 0.0, "XLEARNER.SQUEEZE.TASK_LOSSES", False),
             r"HINT_WEIGHT is 0, so the student learns nothing unless TASK_LOSSES is True",
+        ),
+        (
+            ("XLEARNER.SQUEEZE.TASK_WEIGHTS.detection", -1.0),
+            r"TASK_WEIGHTS\.detection is -1\.0, but a finite number of at least 0 is expected",
+        ),
+        (
+            ("XLEARNER.SQUEEZE.TASK_WEIGHTS.detecton", 1.0),
+            r"TASK_WEIGHTS names the unknown task 'detecton'.* Did you mean 'detection'",
+        ),
+        (
+            (*HINTS, *NO_HINTS),
+            r"TASK_WEIGHTS are 0 for all tasks, so the student learns nothing unless TASK_LOSSES is True",
         ),
         (("XLEARNER.SQUEEZE.EMA_DECAY", 1.0), r"EMA_DECAY is 1\.0, but 0 to below 1 is expected"),
         (

@@ -104,6 +104,10 @@ def _check_squeeze(cfg: CfgNode) -> list[str]:
         problems.append(f"XLEARNER.SQUEEZE.HINT_WEIGHT is {squeeze.HINT_WEIGHT}, but {wish}.")
     if squeeze.HINT_WEIGHT == 0 and not squeeze.TASK_LOSSES:
         problems.append("XLEARNER.SQUEEZE.HINT_WEIGHT is 0, so the student learns nothing unless TASK_LOSSES is True.")
+    for task, weight in squeeze.TASK_WEIGHTS.items():
+        if not isinstance(weight, int | float) or not 0 <= weight < float("inf"):
+            wish = "a finite number of at least 0 is expected"
+            problems.append(f"XLEARNER.SQUEEZE.TASK_WEIGHTS.{task} is {weight!r}, but {wish}.")
     if not 0 <= squeeze.EMA_DECAY < 1:
         problems.append(f"XLEARNER.SQUEEZE.EMA_DECAY is {squeeze.EMA_DECAY}, but 0 to below 1 is expected.")
     if squeeze.EMA_DECAY and not squeeze.BN_RECALIBRATION_BATCHES:
@@ -114,6 +118,21 @@ def _check_squeeze(cfg: CfgNode) -> list[str]:
             problems.append(f"XLEARNER.SQUEEZE.SOLVER has the unknown key {key!r}.{nearest(key, cfg.SOLVER)}")
     if squeeze.TEACHER and not Path(squeeze.TEACHER).is_file():
         problems.append(f"XLEARNER.SQUEEZE.TEACHER: there is no file {squeeze.TEACHER}.")
+    return problems
+
+
+def _check_task_weights(cfg: CfgNode, tasks: Sequence[TaskSpec]) -> list[str]:
+    weights, known = cfg.XLEARNER.SQUEEZE.TASK_WEIGHTS, [task.name for task in tasks]
+    problems = [
+        f"XLEARNER.SQUEEZE.TASK_WEIGHTS names the unknown task {name!r}.{nearest(name, known)}"
+        for name in weights
+        if name not in known
+    ]
+    if not cfg.XLEARNER.SQUEEZE.TASK_LOSSES and not any(weights.get(name, 1.0) for name in known):
+        problems.append(
+            "XLEARNER.SQUEEZE.TASK_WEIGHTS are 0 for all tasks, so the student learns nothing "
+            "unless TASK_LOSSES is True."
+        )
     return problems
 
 
@@ -285,6 +304,7 @@ def make_plan(cfg: CfgNode, *, world_size: int) -> Plan:
         raise ConfigError(problems)
     tasks = derive_tasks(sources, heads)
     problems += check_tasks(cfg, growth, tasks)
+    problems += _check_task_weights(cfg, tasks)
     problems += check_branches(cfg, branches, tasks, [] if growth is None else [task.name for task in growth.tasks])
     if problems:
         raise ConfigError(problems)

@@ -237,6 +237,7 @@ def build_squeeze_hook(
         distance=squeeze.DISTANCE,
         projector_layers=squeeze.PROJECTOR_LAYERS,
         hint_weight=squeeze.HINT_WEIGHT,
+        task_weights=squeeze.TASK_WEIGHTS,
         own_images=squeeze.OWN_IMAGES,
         learner=learner,
     )

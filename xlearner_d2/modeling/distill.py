@@ -198,6 +198,8 @@ class Distiller(nn.Module):
         distance: a key of ``DISTANCES``.
         projector_layers: 1x1 convolutions between a student's and a branch's feature, with BN and ReLU between them.
         hint_weight: factor on all hints, against the task losses.
+        task_weights: by task, a factor on the hints of its branch; 1 for those that are not named. A branch whose hints
+            have no weight is not asked for any.
         own_images: a branch gives hints for the images of its own task's sources alone, not for all.
         learner: a model whose one trunk is the student, with heads that learn from the sources' labels as well; None
             leaves labels out.
@@ -213,6 +215,7 @@ class Distiller(nn.Module):
         distance: str = "cosine_smooth_l1",
         projector_layers: int = 1,
         hint_weight: float = 1.0,
+        task_weights: Mapping[str, float] | None = None,
         own_images: bool = False,
         learner: XLearner | None = None,
     ):
@@ -221,12 +224,13 @@ class Distiller(nn.Module):
         self.heads = nn.ModuleDict() if learner is None else learner.heads
         self._learner = (learner,)
         self._teacher = (teacher,)  # a tuple hides it from nn.Module's registration
-        self.hint_weight = hint_weight
+        factors = {task: hint_weight * (task_weights or {}).get(task, 1.0) for task in teacher.backbone.tasks}
+        self.task_weights = {task: factor for task, factor in factors.items() if factor}
         self.own_images = own_images
         self.projector_layers = projector_layers
         self.stage_weights = dict(stage_weights)
         self.distance = DISTANCES[distance]
-        shapes = {task: teacher.backbone.output_shape(task) for task in teacher.backbone.tasks}
+        shapes = {task: teacher.backbone.output_shape(task) for task in self.task_weights}
         self.projectors = self._per_hint(shapes, self._projector)
         self.normalisers = self._per_hint(shapes, lambda stage, shape: NORMALISERS[normaliser](shape.channels))
         multiply_small_maps(self)
@@ -271,7 +275,7 @@ class Distiller(nn.Module):
                 features = self.student(group.images.contiguous(memory_format=self.teacher.backbone.memory_format))
                 for task, own, targets in self._matched(group, features):
                     share = len(next(iter(own.values()))) / total
-                    hints[task] += self._hint_losses(task, own, targets, weight=self.hint_weight * share)
+                    hints[task] += self._hint_losses(task, own, targets, weight=self.task_weights[task] * share)
                 if self.learner is not None and self.training:
                     task_losses |= self.learner.head_losses(batches, group, features)
             losses = {f"loss_hint_{task}": self._total(parts) for task, parts in hints.items()}
@@ -283,8 +287,10 @@ class Distiller(nn.Module):
         backbone = self.teacher.backbone
         with torch.no_grad(), inference_mode_norm(backbone):
             if not self.own_images:
-                return [(task, features, targets) for task, targets in backbone.forward_all(group.images).items()]
-            parts = [(self.teacher.task_of[source], rows) for source, rows in group.rows.items()]
+                targets_of = backbone.forward_all(group.images, self.task_weights)
+                return [(task, features, targets) for task, targets in targets_of.items()]
+            every = [(self.teacher.task_of[source], rows) for source, rows in group.rows.items()]
+            parts = [(task, rows) for task, rows in every if task in self.task_weights]
             targets = [backbone(group.images[rows], task) for task, rows in parts]
         own = [{stage: feature[rows] for stage, feature in features.items()} for _, rows in parts]
         return [(task, mine, theirs) for (task, _), mine, theirs in zip(parts, own, targets, strict=True)]

@@ -1,6 +1,6 @@
 """The expanded backbone: one branch per task, joined by reconciliation layers, and views of its branches."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import cast
@@ -113,17 +113,19 @@ class ExpandedBackbone(nn.Module):
         name = self.branch_of[task]
         return self._main(name, images, self._auxiliary(images, self._sources_of(name)))
 
-    def forward_all(self, images: Tensor) -> dict[str, dict[str, Tensor]]:
-        """Features of the same images from every task's branch, with running BN statistics.
+    def forward_all(self, images: Tensor, tasks: Iterable[str] | None = None) -> dict[str, dict[str, Tensor]]:
+        """Features of the same images from the branches of these tasks, or of all, with running BN statistics.
 
         What the branches send is computed once, and so is each branch's first stage, as nothing is received before it.
         """
         images = images.contiguous(memory_format=self.memory_format)
-        needed = {source: deepest for name in self.branches for source, deepest in self._sources_of(name).items()}
+        asked = {task: self.branch_of[task] for task in (self.tasks if tasks is None else tasks)}
+        names = tuple(dict.fromkeys(asked.values()))
+        needed = {source: deepest for name in names for source, deepest in self._sources_of(name).items()}
         with inference_mode_norm(self):
             aux = self._auxiliary(images, needed)
-            features = {name: self._main(name, images, aux) for name in self.branches}
-        return {task: features[name] for task, name in self.branch_of.items()}
+            features = {name: self._main(name, images, aux) for name in names}
+        return {task: features[name] for task, name in asked.items()}
 
     @contextmanager
     def given(self, images: Tensor, features: dict[str, Tensor], *, trusted: bool = False) -> Iterator[None]:
