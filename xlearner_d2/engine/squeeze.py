@@ -195,7 +195,7 @@ def initialise_student(student: Branch, plan: Plan, teacher: XLearner) -> None:
 def _fitting_branch(student: Branch, plan: Plan, teacher: XLearner) -> str:
     """The task of the first source of classes, or of the first source; "random" where its branch is built otherwise.
 
-    Classes take longest to learn: a student that starts elsewhere has to begin them anew (docs/RESULTS.md).
+    Classes take longest to learn: a student that starts elsewhere has to begin them anew (docs/EXPERIMENTS.md).
     """
     classes = [s.task for s in plan.sources if plan.heads[s.name].MODEL.META_ARCHITECTURE == "ImageClassifier"]
     task = next(iter(classes), teacher.backbone.tasks[0])
