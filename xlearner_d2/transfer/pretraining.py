@@ -21,6 +21,7 @@ from ..config import check_config_file, load_config
 from ..engine.plan import make_plan
 from ..specs import ConfigError, nearest
 from .backbones import RANDOM, BackboneSpec
+from .runner import worker_threads
 from .suite import digest, read_config
 
 logger = logging.getLogger(__name__)
@@ -197,7 +198,7 @@ def _run(study: StudySpec, name: str, seed: int, folder: Path, *, jobs: int) -> 
     output.mkdir(parents=True, exist_ok=True)
     command = [sys.executable, "-m", "xlearner_d2", "train", "--config-file", study.config]
     command += ["--resume", *_filled(study.runs[name], folder, seed), "SEED", str(seed), "OUTPUT_DIR", str(output)]
-    threads = max(1, (os.cpu_count() or 1) // jobs)
+    threads = worker_threads(jobs)
     # The run inherits the lock, and holds it even when this process is killed: the next one then waits for its end.
     with (output / "lock").open("w") as lock, (output / "stdout.txt").open("a", encoding="utf-8") as log:
         _acquire(lock)
