@@ -50,19 +50,21 @@ def spoil(monkeypatch: pytest.MonkeyPatch, *, after: int) -> None:
     monkeypatch.setattr(SourceMapper, "__call__", call)
 
 
-@pytest.mark.parametrize("stage", ["expand", "squeeze"])
+@pytest.mark.parametrize(("stage", "amp"), [("expand", False), ("squeeze", False), ("squeeze", True)])
 def test_a_failed_step_is_kept_and_fails_again(
-    project: Project, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], stage: str
+    project: Project, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], stage: str, amp: bool
 ) -> None:
     """The trial of the plan reads two images, and a step two, so that step 1 is the first with a spoilt one."""
-    opts: list[Any] = ["XLEARNER.STAGE", stage, "OUTPUT_DIR", project.root / f"failed_{stage}"]
+    out = project.root / f"failed_{stage}_{amp}"
+    opts: list[Any] = ["XLEARNER.STAGE", stage, "OUTPUT_DIR", out]
     opts += ["XLEARNER.SQUEEZE.TEACHER", project.root / "out/expanded.pth", "SOLVER.CHECKPOINT_PERIOD", 1]
-    opts += ["XLEARNER.SQUEEZE.HINT_WEIGHT", 0.5]
+    opts += ["XLEARNER.SQUEEZE.HINT_WEIGHT", 0.5, "SOLVER.AMP.ENABLED", amp]
+    monkeypatch.setattr("torch.cpu._is_avx512_bf16_supported", lambda: amp)
     with monkeypatch.context() as patch:
         spoil(patch, after=4)
         with pytest.raises(RunStopped) as caught:
             project.run(*opts)
-    file = project.root / f"failed_{stage}/{stage}/failed_step_0000001_worker_0.pth"
+    file = out / f"{stage}/failed_step_0000001_worker_0.pth"
     message = caught.value.message
     assert caught.value.code == 1
     assert f"Stage {stage}, step 1 (of source areas): The loss of step 1 is not finite: " in message
@@ -79,7 +81,7 @@ def test_a_failed_step_is_kept_and_fails_again(
     assert "areas/loss_sem_seg" in text.split("Not finite:")[1]
     assert "stem.conv1" in text.split("begins in")[1]
     assert "areas/images/" in text
-    saved = read_checkpoint(project.root / f"failed_{stage}/{stage}/model_0000000.pth")["model"]
+    saved = read_checkpoint(out / f"{stage}/model_0000000.pth")["model"]
     kept = failure.models["expand" if stage == "expand" else "squeeze"]
     prefix = "" if stage == "expand" else "student."
     assert all(torch.equal(value, kept[prefix + name]) for name, value in saved.items())

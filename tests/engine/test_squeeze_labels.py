@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import Project
+from detectron2.modeling import build_model
 from torch import Tensor
 
 from xlearner_d2.checkpoint.load import read_checkpoint
@@ -118,6 +119,25 @@ def test_heads_start_as_the_teachers(finished: Project) -> None:
     own = {id(p) for p in hook.distiller.parameters()}
     assert not own & {id(p) for p in teacher.parameters()}
     assert own == {id(p) for group in hook.inner.optimizer.param_groups for p in group["params"]}
+
+
+@pytest.mark.parametrize("bf16", [True, False])
+def test_a_teacher_is_kept_in_the_precision_of_its_hints(
+    finished: Project, monkeypatch: pytest.MonkeyPatch, bf16: bool
+) -> None:
+    """What starts as part of it starts as it was saved; an online one still learns, and needs its float32."""
+    monkeypatch.setattr("torch.cpu._is_avx512_bf16_supported", lambda: bf16)
+    hook = hook_of(finished, "SOLVER.AMP.ENABLED", True)
+    saved = read_checkpoint(finished.root / "out/expanded.pth")["model"]
+    backbone = hook.distiller.teacher.backbone
+    assert backbone.branch("detection").stem.conv1.weight.dtype == (torch.bfloat16 if bf16 else torch.float32)
+    start = hook.distiller.student.state_dict()
+    assert all(torch.equal(value, saved[f"backbone.branches.classification.{name}"]) for name, value in start.items())
+    assert all(parameter.dtype == torch.float32 for parameter in hook.distiller.parameters())
+    plan = plan_of(finished, "SOLVER.AMP.ENABLED", True, "XLEARNER.SQUEEZE.ONLINE", True)
+    learning = build_model(plan.cfg)
+    build_squeeze_hook(plan, learning, build_loader(plan, "expand"), max_iter=2)
+    assert all(parameter.dtype == torch.float32 for parameter in learning.parameters())
 
 
 def test_heads_start_as_far_as_shapes_allow(finished: Project) -> None:

@@ -232,6 +232,21 @@ def test_targets_are_those_of_inference(make_distiller: MakeDistiller, make_batc
     assert equal(first, distiller(make_batches()))
 
 
+@pytest.mark.parametrize("network", ["", "convnext_atto"])
+def test_hints_are_the_same_from_weights_in_low_precision(
+    make_distiller: MakeDistiller, make_batches: MakeBatches, network: str
+) -> None:
+    distiller = make_distiller("MODEL.BACKBONE.TIMM", network, "XLEARNER.SQUEEZE.DEPTH", 18).eval()
+    teacher = distiller.teacher.freeze()
+    teacher.autocast_dtype = torch.bfloat16
+    expected, before = distiller(make_batches()), state_of(teacher)
+    teacher.keep_in(torch.bfloat16)
+    assert equal(expected, distiller(make_batches()))
+    lowered = {name for name, value in teacher.state_dict().items() if value.dtype == torch.bfloat16}
+    assert {name for name, value in before.items() if value.dim() == 4 and name.startswith("backbone.")} <= lowered
+    assert not any("norm" in name or "heads." in name for name in lowered)
+
+
 # Distiller
 
 

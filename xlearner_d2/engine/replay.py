@@ -18,6 +18,7 @@ from torch.utils import _pytree as pytree
 from ..checkpoint.load import load_strictly
 from ..config import default_config
 from ..modeling import XLearner
+from ..modeling.xlearner import autocast_dtype
 from .failure import Failure
 from .plan import Plan, make_plan
 from .squeeze import build_squeeze_hook
@@ -109,8 +110,8 @@ def _model(plan: Plan, failure: Failure) -> nn.Module:
 
 def _precision(cfg: CfgNode) -> AbstractContextManager[Any]:
     """That of Detectron2's AMPTrainer on a GPU; on a CPU the model sets its own."""
-    on_gpu = cfg.SOLVER.AMP.ENABLED and cfg.MODEL.DEVICE.startswith("cuda")
-    return torch.autocast("cuda", torch.float16) if on_gpu else nullcontext()
+    on_gpu = cfg.MODEL.DEVICE.startswith("cuda")
+    return torch.autocast("cuda", autocast_dtype(cfg), enabled=cfg.SOLVER.AMP.ENABLED) if on_gpu else nullcontext()
 
 
 @contextmanager

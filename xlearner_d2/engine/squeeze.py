@@ -25,6 +25,7 @@ from ..modeling.branches import Branch, build_branch, compile_stages
 from ..modeling.distill import Distiller, matched_stages
 from ..modeling.expanded import TRUNK
 from ..modeling.weighting import weights_of
+from ..modeling.xlearner import autocast_dtype
 from .branches import shapes, student_config
 from .failure import stop_at_failure
 from .norm_statistics import WorkerStatistics, share_norm_statistics
@@ -251,6 +252,9 @@ def build_squeeze_hook(
         export_student(student, student_config(plan.cfg), path, training=describe_training(plan))
         logger.info(f"The student is in {path}: give it to MODEL.WEIGHTS of any Detectron2 config with such a network.")
 
+    dtype = autocast_dtype(cfg)
+    if dtype is not None and teacher.frozen:  # after all that starts as parts of the teacher
+        teacher.keep_in(dtype)
     trainer = build_step_trainer(cfg, weighed, batches, optimizer, scope=scope)
     trainer.on_non_finite = stop_at_failure(plan, "squeeze", {"expand": teacher, "squeeze": weighed})
     return SqueezeHook(

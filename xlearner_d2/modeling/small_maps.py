@@ -159,6 +159,8 @@ class _MultiplyingNormedConv2d(_Multiplying, NormedConv2d):
 
 
 _CLASSES: dict[type, type] = {nn.Conv2d: _MultiplyingConv2d, NormedConv2d: _MultiplyingNormedConv2d}
+#: Ordinary convolutions: PyTorch's, Detectron2's, and what stands in their place.
+CONVOLUTIONS = (*_CLASSES, *_CLASSES.values())
 
 
 def multiply_small_maps(model: nn.Module) -> None:
