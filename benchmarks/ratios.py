@@ -20,7 +20,7 @@ from xlearner_d2.modeling.distill import Distiller
 from xlearner_d2.modeling.expanded import build_branch, inference_mode_norm
 from xlearner_d2.modeling.heads import head_config
 from xlearner_d2.modeling.small_maps import multiply_small_maps
-from xlearner_d2.modeling.xlearner import cpu_autocast_dtype
+from xlearner_d2.modeling.xlearner import autocast_dtype, cpu_autocast_dtype
 from xlearner_d2.specs import SourceSpec
 
 Found = dict[str, dict[str, float]]
@@ -151,10 +151,14 @@ def _pass(args: Namespace, model: XLearner, batch: Batch) -> Run:
 def squeeze_step(args: Namespace) -> Found:
     """A distillation of three branches against the teacher's forward pass and the student's forward and backward.
 
-    With the student's projectors, which are trained with it, and without.
+    With the student's projectors, which are trained with it, and without. The step's teacher has its weights in low
+    precision, as in training; that of the parts is as it was loaded.
     """
-    teacher = make_model(THREE_TASKS, *precision(args)).freeze()
-    cfg = make_config(THREE_TASKS)
+    cfg = make_config(THREE_TASKS, *precision(args))
+    plain, teacher = (make_model(THREE_TASKS, *precision(args)).freeze() for _ in range(2))
+    dtype = autocast_dtype(cfg)
+    if dtype is not None:
+        teacher.keep_in(dtype)
     student = build_branch(cfg, out_features=("res2", "res3", "res4", "res5")).to(memory_format=torch.channels_last)
     student.to(teacher.device)
     distiller = Distiller(student=student, teacher=teacher, stage_weights={"res4": 1.0, "res5": 1.0}).train()
@@ -164,9 +168,9 @@ def squeeze_step(args: Namespace) -> Found:
 
     def parts(*, project: bool) -> None:
         distiller.zero_grad()
-        with teacher.autocast(), mixed_precision(args):
-            with torch.no_grad(), inference_mode_norm(teacher.backbone):
-                teacher.backbone.forward_all(images)
+        with plain.autocast(), mixed_precision(args):
+            with torch.no_grad(), inference_mode_norm(plain.backbone):
+                plain.backbone.forward_all(images)
             features = student(images)
             of_task = distiller.projectors.values() if project else ()
             projected = [project_(features[stage]) for stages in of_task for stage, project_ in stages.items()]

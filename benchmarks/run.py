@@ -20,6 +20,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 import torch
 from coco_evaluation import coco_evaluation
 from loading import loader
+from models import compute_as_on_a_gpu
 from ratios import RATIOS, Found
 from scaling import scaling
 from timing import machine
@@ -41,6 +42,8 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=Path(__file__).parent / "results", help="folder of the results")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
+    if args.by == "calls":
+        compute_as_on_a_gpu()
     args.output.mkdir(parents=True, exist_ok=True)
     file = args.output / "ratios.json"
     results: dict[str, Found] = json.loads(file.read_text()) if file.is_file() else {}
