@@ -125,8 +125,8 @@ def _add_squeeze(x: CfgNode) -> None:
     q.STAGES = ["res4", "res5"]
     # Weight of each of these stages; 0 leaves one out.
     q.STAGE_WEIGHTS = [1.0, 1.0]
-    # What a hint is compared by: cosine_smooth_l1 (half each), mse, cosine, smooth_l1.
-    q.DISTANCE = "cosine_smooth_l1"
+    # What a hint is compared by: mse, cosine_smooth_l1 (half each), cosine, smooth_l1.
+    q.DISTANCE = "mse"
     # 1x1 convolutions between a student's and a branch's features in training, with BN and ReLU between them.
     q.PROJECTOR_LAYERS = 1
     # How the teacher's features are normalised: standardise (per channel, running), l2, phi_s, none.
@@ -136,7 +136,7 @@ def _add_squeeze(x: CfgNode) -> None:
     # Whether a branch gives hints for the images of its own task's sources alone, instead of for all images.
     q.OWN_IMAGES = False
     # Factor on all hints, against the task losses.
-    q.HINT_WEIGHT = 1.0
+    q.HINT_WEIGHT = 3.0
     # By task, a further factor on the hints of its branch, such as {classification: 0.0}; 1 for those not named, and 0
     # asks a branch for none.
     q.TASK_WEIGHTS = CfgNode(new_allowed=True)

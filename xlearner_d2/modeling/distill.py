@@ -212,7 +212,7 @@ class Distiller(nn.Module):
         teacher: XLearner,
         stage_weights: Mapping[str, float],
         normaliser: str = "standardise",
-        distance: str = "cosine_smooth_l1",
+        distance: str = "mse",
         projector_layers: int = 1,
         hint_weight: float = 1.0,
         task_weights: Mapping[str, float] | None = None,
