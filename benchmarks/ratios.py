@@ -16,8 +16,8 @@ from torch import Tensor
 
 from xlearner_d2 import XLearner
 from xlearner_d2.engine.optimizer import AdamW, make_optimizer
-from xlearner_d2.modeling.distill import Distiller
-from xlearner_d2.modeling.expanded import build_branch, inference_mode_norm
+from xlearner_d2.modeling.distill import Distiller, matched_stages
+from xlearner_d2.modeling.expanded import build_branch
 from xlearner_d2.modeling.heads import head_config
 from xlearner_d2.modeling.small_maps import multiply_small_maps
 from xlearner_d2.modeling.xlearner import autocast_dtype, cpu_autocast_dtype
@@ -161,7 +161,14 @@ def squeeze_step(args: Namespace) -> Found:
         teacher.keep_in(dtype)
     student = build_branch(cfg, out_features=("res2", "res3", "res4", "res5")).to(memory_format=torch.channels_last)
     student.to(teacher.device)
-    distiller = Distiller(student=student, teacher=teacher, stage_weights={"res4": 1.0, "res5": 1.0}).train()
+    squeeze = cfg.XLEARNER.SQUEEZE
+    teacher_stages, deepest = (
+        dict(zip(squeeze.STAGES, squeeze.TEACHER_STAGES, strict=True)),
+        max(squeeze.TEACHER_STAGES),
+    )
+    weights = matched_stages(squeeze.STAGES, squeeze.STAGE_WEIGHTS)
+    distiller = Distiller(student=student, teacher=teacher, stage_weights=weights, teacher_stages=teacher_stages)
+    distiller.train()
     batch = make_batch(teacher, count=args.images, size=args.size)
     (group,) = teacher.image_groups(batch, together=True)
     images = group.images.contiguous(memory_format=torch.channels_last)
@@ -169,8 +176,8 @@ def squeeze_step(args: Namespace) -> Found:
     def parts(*, project: bool) -> None:
         distiller.zero_grad()
         with plain.autocast(), mixed_precision(args):
-            with torch.no_grad(), inference_mode_norm(plain.backbone):
-                plain.backbone.forward_all(images)
+            with torch.no_grad():
+                plain.backbone.forward_all(images, deepest=deepest)
             features = student(images)
             of_task = distiller.projectors.values() if project else ()
             projected = [project_(features[stage]) for stages in of_task for stage, project_ in stages.items()]

@@ -121,8 +121,11 @@ def _add_squeeze(x: CfgNode) -> None:
     q.DEPTH = 0
     # A model of timm as the student; "" takes what the branches are.
     q.TIMM = ""
-    # Stages whose features are matched.
+    # Stages of the student that get hints from the branches.
     q.STAGES = ["res4", "res5"]
+    # For each of these, the stage of the branches that gives them, itself or a shallower one, averaged over positions
+    # to its stride. res5 of a branch knows its own labels by heart, res4 transfers better (docs/RESULTS.md).
+    q.TEACHER_STAGES = ["res4", "res4"]
     # Weight of each of these stages; 0 leaves one out.
     q.STAGE_WEIGHTS = [1.0, 1.0]
     # What a hint is compared by: mse, cosine_smooth_l1 (half each), cosine, smooth_l1.

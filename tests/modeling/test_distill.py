@@ -310,6 +310,41 @@ def test_stage_weights_scale_the_stages(make_distiller: MakeDistiller, make_batc
     torch.testing.assert_close(loss(res3=2.5), 2.5 * loss(res3=1.0))
 
 
+def test_a_stage_learns_from_the_mean_of_a_shallower_one(
+    make_distiller: MakeDistiller, make_batches: MakeBatches
+) -> None:
+    """res4 of the branch, averaged over each 2 x 2 positions, is what a projector that knows it gets no loss for."""
+    options: dict[str, Any] = {"stage_weights": {"res5": 1.0}, "normaliser": "none"}
+    distiller = make_distiller("XLEARNER.SHARING", "separate", teacher_stages={"res5": "res4"}, **options).eval()
+    batches = make_batches("pics")
+    (group,) = distiller.teacher.image_groups(batches, together=True)
+    with torch.no_grad():
+        branch = distiller.teacher.backbone.forward_all(group.images)["detection"]["res4"]
+        n, c, height, width = branch.shape
+        expected = branch.reshape(n, c, height // 2, 2, width // 2, 2).mean(dim=(3, 5))
+        projector = distiller.projectors["detection"]["res5"]
+        projected = projector(distiller.student(group.images)["res5"])
+        torch.testing.assert_close(
+            distiller(batches)["loss_hint_detection"], (projected - expected).square().mean(), rtol=1e-5, atol=1e-7
+        )
+    assert projector.weight.shape == (c, distiller.student.output_shape()["res5"].channels, 1, 1)
+
+
+@pytest.mark.parametrize("own_images", [False, True])
+def test_the_teacher_computes_no_stage_that_gives_no_hint(
+    make_distiller: MakeDistiller, make_batches: MakeBatches, own_images: bool
+) -> None:
+    options: dict[str, Any] = {"stage_weights": {"res4": 1.0, "res5": 1.0}, "own_images": own_images}
+    distiller = make_distiller(teacher_stages={"res4": "res3", "res5": "res4"}, **options)
+    run: list[str] = []
+    for task, branch in distiller.teacher.backbone.branches.items():
+        for stage in STAGES:
+            getattr(branch, stage).register_forward_hook(lambda *_, name=f"{task} {stage}": run.append(name))
+    distiller(make_batches())
+    assert {name.split()[1] for name in run} == {"res2", "res3", "res4"}
+    assert {name.split()[0] for name in run} == {"classification", "detection", "segmentation"}
+
+
 def test_branch_without_a_stage_gives_no_hint_of_it(make_distiller: MakeDistiller, tiny_cfg: CfgNode) -> None:
     opts = [*tiny_cfg.XLEARNER.SOURCES.pics.get("OPTS", []), "MODEL.RESNETS.OUT_FEATURES", ["res4"]]
     tiny_cfg.XLEARNER.SOURCES.pics.OPTS = [*opts, "MODEL.CLASSIFIER.IN_FEATURE", "res4"]
@@ -319,8 +354,9 @@ def test_branch_without_a_stage_gives_no_hint_of_it(make_distiller: MakeDistille
 
 
 def test_student_of_another_stride_is_refused(make_distiller: MakeDistiller) -> None:
-    with pytest.raises(ValueError, match="the student's res5 has stride 16, but a branch's 32"):
+    with pytest.raises(ValueError, match="the student's res5 has stride 16, but a branch's res5 32"):
         make_distiller(res5_dilation=2)
+    make_distiller(res5_dilation=2, teacher_stages={"res5": "res4"})
 
 
 @pytest.mark.parametrize(("option", "name"), [("distance", "euclid"), ("normaliser", "l3")])

@@ -159,6 +159,15 @@ def test_forward_all_equals_each_branch(make_model, make_batches):
         assert equal(together[task], backbone(images(), task))
 
 
+@pytest.mark.parametrize("sharing", ["separate", "shared", "detached"])
+@pytest.mark.parametrize("deepest", ["res2", "res4", "res5"])
+def test_forward_all_ends_where_it_is_told_to(make_model, sharing, deepest):
+    backbone = make_model("XLEARNER.SHARING", sharing).backbone.eval()
+    whole, part = backbone.forward_all(images()), backbone.forward_all(images(), deepest=deepest)
+    for task, features in whole.items():
+        assert equal(part[task], {stage: found for stage, found in features.items() if stage <= deepest})
+
+
 def test_inference_mode_norm_restores_each_module():
     module = nn.Sequential(nn.BatchNorm2d(2), nn.BatchNorm2d(2)).train()
     module[1].eval()

@@ -86,17 +86,28 @@ def _one_of(key: str, value: str, known: object) -> list[str]:
     return [] if value in names else [f"XLEARNER.{key} is {value!r}.{nearest(value, names)}"]
 
 
+def _check_hints(squeeze: CfgNode) -> list[str]:
+    """Problems of what gives hints to which stage, and of their weights."""
+    problems, count = [], len(squeeze.STAGES)
+    for key in ("STAGES", "TEACHER_STAGES"):
+        for stage in squeeze[key]:
+            problems += _one_of(f"SQUEEZE.{key}", stage, RESNET_STAGES)
+    for key in ("TEACHER_STAGES", "STAGE_WEIGHTS"):
+        if len(squeeze[key]) != count:
+            found = f"XLEARNER.SQUEEZE.{key} has {len(squeeze[key])} entries"
+            problems.append(f"{found}, but SQUEEZE.STAGES has {count}.")
+    for stage, giver in zip(squeeze.STAGES, squeeze.TEACHER_STAGES, strict=False):
+        if giver > stage and {giver, stage} <= {*RESNET_STAGES}:
+            wish = "the same stage or a shallower one is expected"
+            problems.append(f"XLEARNER.SQUEEZE.TEACHER_STAGES has {giver} for {stage} of the student, but {wish}.")
+    return problems
+
+
 def _check_squeeze(cfg: CfgNode) -> list[str]:
     squeeze = cfg.XLEARNER.SQUEEZE
     problems = _one_of("SQUEEZE.DISTANCE", squeeze.DISTANCE, DISTANCES)
     problems += _one_of("SQUEEZE.NORMALISER", squeeze.NORMALISER, NORMALISERS)
-    for stage in squeeze.STAGES:
-        problems += _one_of("SQUEEZE.STAGES", stage, RESNET_STAGES)
-    if len(squeeze.STAGES) != len(squeeze.STAGE_WEIGHTS):
-        problems.append(
-            f"XLEARNER.SQUEEZE.STAGE_WEIGHTS has {len(squeeze.STAGE_WEIGHTS)} entries, "
-            f"but SQUEEZE.STAGES has {len(squeeze.STAGES)}."
-        )
+    problems += _check_hints(squeeze)
     if squeeze.PROJECTOR_LAYERS < 1:
         problems.append(f"XLEARNER.SQUEEZE.PROJECTOR_LAYERS is {squeeze.PROJECTOR_LAYERS}, but at least 1 is expected.")
     if not 0 <= squeeze.HINT_WEIGHT < float("inf"):

@@ -234,6 +234,7 @@ def build_squeeze_hook(
         student=student,
         teacher=teacher,
         stage_weights=matched_stages(squeeze.STAGES, squeeze.STAGE_WEIGHTS),
+        teacher_stages=dict(zip(squeeze.STAGES, squeeze.TEACHER_STAGES, strict=True)),
         normaliser=squeeze.NORMALISER,
         distance=squeeze.DISTANCE,
         projector_layers=squeeze.PROJECTOR_LAYERS,

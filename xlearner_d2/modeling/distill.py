@@ -1,4 +1,4 @@
-"""The squeeze loss: hints from every branch, at every stage, to one plain ResNet.
+"""The squeeze loss: hints from every branch, at several stages, to one plain network.
 
 Not known from the paper; the loss, the normalisation and the projectors are our choice (docs/RESULTS.md has the
 measurements). Everything here but the student is used in training only.
@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from .branches import Branch
-from .expanded import inference_mode_norm
+from .expanded import STAGES
 from .small_maps import multiply_small_maps
 from .xlearner import ImageGroup, SourceBatches, XLearner
 
@@ -193,7 +193,9 @@ class Distiller(nn.Module):
     Args:
         student: the plain network that will be exported.
         teacher: the expanded model.
-        stage_weights: by stage, the weight of its hints.
+        stage_weights: by stage of the student, the weight of its hints.
+        teacher_stages: by stage of the student, the stage of the branches that gives it hints, averaged over positions
+            to the student's stride; the same one where none is named.
         normaliser: a key of ``NORMALISERS``.
         distance: a key of ``DISTANCES``.
         projector_layers: 1x1 convolutions between a student's and a branch's feature, with BN and ReLU between them.
@@ -211,6 +213,7 @@ class Distiller(nn.Module):
         student: Branch,
         teacher: XLearner,
         stage_weights: Mapping[str, float],
+        teacher_stages: Mapping[str, str] | None = None,
         normaliser: str = "standardise",
         distance: str = "mse",
         projector_layers: int = 1,
@@ -229,6 +232,7 @@ class Distiller(nn.Module):
         self.own_images = own_images
         self.projector_layers = projector_layers
         self.stage_weights = dict(stage_weights)
+        self.teacher_stages = {stage: (teacher_stages or {}).get(stage, stage) for stage in stage_weights}
         self.distance = DISTANCES[distance]
         shapes = {task: teacher.backbone.output_shape(task) for task in self.task_weights}
         self.projectors = self._per_hint(shapes, self._projector)
@@ -240,19 +244,20 @@ class Distiller(nn.Module):
     def _per_hint(
         self, shapes: Mapping[str, Mapping[str, ShapeSpec]], make: Callable[[str, ShapeSpec], nn.Module]
     ) -> nn.ModuleDict:
-        """One module per task and matched stage that the task's branch offers."""
+        """One module per task and stage of the student for which the task's branch has what gives hints."""
+        pairs = self.teacher_stages.items()
         return nn.ModuleDict(
             {
-                task: nn.ModuleDict({stage: make(stage, of[stage]) for stage in self.stage_weights if stage in of})
+                task: nn.ModuleDict({stage: make(stage, of[giver]) for stage, giver in pairs if giver in of})
                 for task, of in shapes.items()
             }
         )
 
     def _projector(self, stage: str, shape: ShapeSpec) -> nn.Module:
         own = self.student.output_shape()[stage]
-        if own.stride != shape.stride:
-            message = f"XLEARNER.SQUEEZE: the student's {stage} has stride {own.stride}, but a branch's {shape.stride}."
-            raise ValueError(message)
+        if own.stride % shape.stride:
+            giver = f"a branch's {self.teacher_stages[stage]} {shape.stride}"
+            raise ValueError(f"XLEARNER.SQUEEZE: the student's {stage} has stride {own.stride}, but {giver}.")
         return _projector(own.channels, shape.channels, num_layers=self.projector_layers)
 
     @property
@@ -284,14 +289,14 @@ class Distiller(nn.Module):
 
     def _matched(self, group: ImageGroup, features: Features) -> list[tuple[str, Features, Features]]:
         """Tasks, the student's features of the images that the branch of each gives hints for, and the branch's."""
-        backbone = self.teacher.backbone
-        with torch.no_grad(), inference_mode_norm(backbone):
+        backbone, deepest = self.teacher.backbone, max(self.teacher_stages.values(), default=STAGES[0])
+        with torch.no_grad():
             if not self.own_images:
-                targets_of = backbone.forward_all(group.images, self.task_weights)
+                targets_of = backbone.forward_all(group.images, self.task_weights, deepest=deepest)
                 return [(task, features, targets) for task, targets in targets_of.items()]
             every = [(self.teacher.task_of[source], rows) for source, rows in group.rows.items()]
             parts = [(task, rows) for task, rows in every if task in self.task_weights]
-            targets = [backbone(group.images[rows], task) for task, rows in parts]
+            targets = [backbone.forward_all(group.images[rows], [task], deepest=deepest)[task] for task, rows in parts]
         own = [{stage: feature[rows] for stage, feature in features.items()} for _, rows in parts]
         return [(task, mine, theirs) for (task, _), mine, theirs in zip(parts, own, targets, strict=True)]
 
@@ -300,7 +305,9 @@ class Distiller(nn.Module):
         losses = []
         normalisers = cast(nn.ModuleDict, self.normalisers[task])
         for stage, projector in cast(nn.ModuleDict, self.projectors[task]).items():
-            target = targets[stage].float()
+            size = features[stage].shape[2:]
+            target = targets[self.teacher_stages[stage]].float()
+            target = target if target.shape[2:] == size else F.adaptive_avg_pool2d(target, size)
             normaliser = cast(Normaliser, normalisers[stage])
             if self.training:
                 normaliser.update(target)

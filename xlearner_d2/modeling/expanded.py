@@ -113,10 +113,15 @@ class ExpandedBackbone(nn.Module):
         name = self.branch_of[task]
         return self._main(name, images, self._auxiliary(images, self._sources_of(name)))
 
-    def forward_all(self, images: Tensor, tasks: Iterable[str] | None = None) -> dict[str, dict[str, Tensor]]:
+    def forward_all(
+        self, images: Tensor, tasks: Iterable[str] | None = None, *, deepest: str = STAGES[-1]
+    ) -> dict[str, dict[str, Tensor]]:
         """Features of the same images from the branches of these tasks, or of all, with running BN statistics.
 
         What the branches send is computed once, and so is each branch's first stage, as nothing is received before it.
+
+        Args:
+            deepest: no stage after it is computed.
         """
         images = images.contiguous(memory_format=self.memory_format)
         asked = {task: self.branch_of[task] for task in (self.tasks if tasks is None else tasks)}
@@ -124,7 +129,7 @@ class ExpandedBackbone(nn.Module):
         needed = {source: deepest for name in names for source, deepest in self._sources_of(name).items()}
         with inference_mode_norm(self):
             aux = self._auxiliary(images, needed)
-            features = {name: self._main(name, images, aux) for name in names}
+            features = {name: self._main(name, images, aux, deepest) for name in names}
         return {task: features[name] for task, name in asked.items()}
 
     @contextmanager
@@ -179,17 +184,19 @@ class ExpandedBackbone(nn.Module):
                 features[stage] = x = getattr(branch, stage)(x)
         return features
 
-    def _main(self, name: str, images: Tensor, aux: Mapping[str, Features]) -> dict[str, Tensor]:
+    def _main(
+        self, name: str, images: Tensor, aux: Mapping[str, Features], deepest: str = STAGES[-1]
+    ) -> dict[str, Tensor]:
         branch = self.branch(name)
         reconcile = self.incoming(name)
-        if reconcile is None:
+        if reconcile is None and deepest >= branch.stage_names[-1]:
             return branch(images)
         outputs: dict[str, Tensor] = {}
         first = branch.stage_names[0]
         x = aux[name][first] if name in aux else getattr(branch, first)(branch.stem(images))
-        for stage in branch.stage_names:
+        for stage in (name for name in branch.stage_names if name <= deepest):
             x = x if stage == first else getattr(branch, stage)(x)
-            x = reconcile(x, stage, aux)
+            x = x if reconcile is None else reconcile(x, stage, aux)
             if stage in branch._out_features:
                 outputs[stage] = x
         return outputs
