@@ -245,6 +245,16 @@ def test_ill_typed_settings_are_refused(finished: Project, key: str, value: Any,
             (*HINTS, *NO_HINTS),
             r"TASK_WEIGHTS are 0 for all tasks, so the student learns nothing unless TASK_LOSSES is True",
         ),
+        (
+            ("XLEARNER.SQUEEZE.STAGES", ["res5"]),
+            r"SQUEEZE\.TEACHER_STAGES has 2 entries, but SQUEEZE\.STAGES has 1\."
+            r"(.|\n)*SQUEEZE\.STAGE_WEIGHTS has 2 entries, but SQUEEZE\.STAGES has 1\.",
+        ),
+        (
+            ("XLEARNER.SQUEEZE.TEACHER_STAGES", ["res5", "res4"]),
+            r"TEACHER_STAGES has res5 for res4 of the student, but the same stage or a shallower one is expected",
+        ),
+        (("XLEARNER.SQUEEZE.TEACHER_STAGES", ["res4", "res6"]), r"TEACHER_STAGES is 'res6'\. Did you mean"),
         (("XLEARNER.SQUEEZE.EMA_DECAY", 1.0), r"EMA_DECAY is 1\.0, but 0 to below 1 is expected"),
         (
             ("XLEARNER.SQUEEZE.EMA_DECAY", 0.9, "XLEARNER.SQUEEZE.BN_RECALIBRATION_BATCHES", 0),
