@@ -189,6 +189,12 @@ def nearest(name: str, known: Iterable[str]) -> str:
     return f" Known: {', '.join(known[:12])}{', …' if len(known) > 12 else ''}." if known else ""
 
 
+def one_of(key: str, value: str, known: Iterable[str]) -> list[str]:
+    """The problem of a setting below ``XLEARNER`` whose value is none of the known names; none where it is."""
+    names = list(known)
+    return [] if value in names else [f"XLEARNER.{key} is {value!r}.{nearest(value, names)}"]
+
+
 def _check_value(where: str, key: str, value: Any, kind: Any) -> list[str]:
     """Problems of one value, judged by the type of its field."""
     if key == "CLASSES" and isinstance(value, str):

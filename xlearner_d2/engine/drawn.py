@@ -9,7 +9,7 @@ from ..data.balance import share_images
 from ..data.sources import SourceData
 from ..modeling.weighting import METHODS
 from ..settings import STEPS
-from ..specs import ConfigError, SourceSpec, nearest
+from ..specs import ConfigError, SourceSpec, one_of
 
 
 @dataclass(frozen=True)
@@ -29,13 +29,9 @@ class Drawn:
         return self.turns[source.name] / sum(self.turns.values()) if self.turns else 1.0
 
 
-def _one_of(key: str, value: str, known: Sequence[str]) -> list[str]:
-    return [] if value in known else [f"XLEARNER.{key} is {value!r}.{nearest(value, known)}"]
-
-
 def check_sampling(cfg: CfgNode, world_size: int) -> list[str]:
     """Problems of ``XLEARNER.STEPS`` and ``XLEARNER.SAMPLING``."""
-    sampling, problems = cfg.XLEARNER.SAMPLING, _one_of("STEPS", cfg.XLEARNER.STEPS, STEPS)
+    sampling, problems = cfg.XLEARNER.SAMPLING, one_of("STEPS", cfg.XLEARNER.STEPS, STEPS)
     if sampling.IMS_PER_BATCH < 0 or sampling.IMS_PER_BATCH % world_size:
         wish = f"a multiple of the number of workers, {world_size}," if world_size > 1 else "a number of at least 0"
         problems.append(f"XLEARNER.SAMPLING.IMS_PER_BATCH is {sampling.IMS_PER_BATCH}, but {wish} is expected.")
@@ -47,7 +43,7 @@ def check_sampling(cfg: CfgNode, world_size: int) -> list[str]:
 def check_weighting(cfg: CfgNode, drawn: Mapping[str, Drawn]) -> list[str]:
     """Problems of ``XLEARNER.WEIGHTING``."""
     weighting = cfg.XLEARNER.WEIGHTING
-    problems = _one_of("WEIGHTING.METHOD", weighting.METHOD, ("fixed", *METHODS))
+    problems = one_of("WEIGHTING.METHOD", weighting.METHOD, ("fixed", *METHODS))
     if not weighting.TEMPERATURE > 0:
         got = f"XLEARNER.WEIGHTING.TEMPERATURE is {weighting.TEMPERATURE}"
         problems.append(f"{got}, but a positive number is expected.")

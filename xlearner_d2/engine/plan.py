@@ -15,16 +15,16 @@ from ..data.sources import SourceData, load_records, register_sources, source_da
 from ..evaluation.build import check_evaluation
 from ..extensions import import_modules
 from ..modeling.branches import BranchSpec
-from ..modeling.distill import DISTANCES, NORMALISERS
 from ..modeling.expanded import STAGES as RESNET_STAGES
 from ..modeling.heads import COMPILED_HINT, derive_tasks, has_compiled_operators, head_config
 from ..settings import SHARING, STAGES
-from ..specs import ConfigError, ProbeSpec, SourceSpec, TaskSpec, nearest, parse_records, parse_sources
+from ..specs import ConfigError, ProbeSpec, SourceSpec, TaskSpec, one_of, parse_records, parse_sources
 from .branches import check_branches, check_networks
 from .drawn import Drawn, balance, check_sampling, check_weighting
 from .growth import Growth, check_tasks, read_growth, with_stored_classes
 from .optimizer import OPTIMIZERS
 from .scaling import check_norm, check_timeouts, scale_to_workers
+from .squeeze_settings import check_squeeze, check_task_weights
 
 #: What the expand stage leaves in OUTPUT_DIR, and what squeeze starts from.
 EXPANDED_FILE = "expanded.pth"
@@ -81,80 +81,14 @@ def _collect(problems: list[str]) -> Iterator[None]:
         problems += error.problems
 
 
-def _one_of(key: str, value: str, known: object) -> list[str]:
-    names = list(known)  # type: ignore[call-overload]
-    return [] if value in names else [f"XLEARNER.{key} is {value!r}.{nearest(value, names)}"]
-
-
-def _check_hints(squeeze: CfgNode) -> list[str]:
-    """Problems of what gives hints to which stage, and of their weights."""
-    problems, count = [], len(squeeze.STAGES)
-    for key in ("STAGES", "TEACHER_STAGES"):
-        for stage in squeeze[key]:
-            problems += _one_of(f"SQUEEZE.{key}", stage, RESNET_STAGES)
-    for key in ("TEACHER_STAGES", "STAGE_WEIGHTS"):
-        if len(squeeze[key]) != count:
-            found = f"XLEARNER.SQUEEZE.{key} has {len(squeeze[key])} entries"
-            problems.append(f"{found}, but SQUEEZE.STAGES has {count}.")
-    for stage, giver in zip(squeeze.STAGES, squeeze.TEACHER_STAGES, strict=False):
-        if giver > stage and {giver, stage} <= {*RESNET_STAGES}:
-            wish = "the same stage or a shallower one is expected"
-            problems.append(f"XLEARNER.SQUEEZE.TEACHER_STAGES has {giver} for {stage} of the student, but {wish}.")
-    return problems
-
-
-def _check_squeeze(cfg: CfgNode) -> list[str]:
-    squeeze = cfg.XLEARNER.SQUEEZE
-    problems = _one_of("SQUEEZE.DISTANCE", squeeze.DISTANCE, DISTANCES)
-    problems += _one_of("SQUEEZE.NORMALISER", squeeze.NORMALISER, NORMALISERS)
-    problems += _check_hints(squeeze)
-    if squeeze.PROJECTOR_LAYERS < 1:
-        problems.append(f"XLEARNER.SQUEEZE.PROJECTOR_LAYERS is {squeeze.PROJECTOR_LAYERS}, but at least 1 is expected.")
-    if not 0 <= squeeze.HINT_WEIGHT < float("inf"):
-        wish = "a finite number of at least 0 is expected"
-        problems.append(f"XLEARNER.SQUEEZE.HINT_WEIGHT is {squeeze.HINT_WEIGHT}, but {wish}.")
-    if squeeze.HINT_WEIGHT == 0 and not squeeze.TASK_LOSSES:
-        problems.append("XLEARNER.SQUEEZE.HINT_WEIGHT is 0, so the student learns nothing unless TASK_LOSSES is True.")
-    for task, weight in squeeze.TASK_WEIGHTS.items():
-        if not isinstance(weight, int | float) or not 0 <= weight < float("inf"):
-            wish = "a finite number of at least 0 is expected"
-            problems.append(f"XLEARNER.SQUEEZE.TASK_WEIGHTS.{task} is {weight!r}, but {wish}.")
-    if not 0 <= squeeze.EMA_DECAY < 1:
-        problems.append(f"XLEARNER.SQUEEZE.EMA_DECAY is {squeeze.EMA_DECAY}, but 0 to below 1 is expected.")
-    if squeeze.EMA_DECAY and not squeeze.BN_RECALIBRATION_BATCHES:
-        wish = "averaged weights need statistics of their own: set XLEARNER.SQUEEZE.BN_RECALIBRATION_BATCHES above 0"
-        problems.append(f"XLEARNER.SQUEEZE.EMA_DECAY is {squeeze.EMA_DECAY}, but {wish}.")
-    for key in squeeze.SOLVER:
-        if key not in cfg.SOLVER:
-            problems.append(f"XLEARNER.SQUEEZE.SOLVER has the unknown key {key!r}.{nearest(key, cfg.SOLVER)}")
-    if squeeze.TEACHER and not Path(squeeze.TEACHER).is_file():
-        problems.append(f"XLEARNER.SQUEEZE.TEACHER: there is no file {squeeze.TEACHER}.")
-    return problems
-
-
-def _check_task_weights(cfg: CfgNode, tasks: Sequence[TaskSpec]) -> list[str]:
-    weights, known = cfg.XLEARNER.SQUEEZE.TASK_WEIGHTS, [task.name for task in tasks]
-    problems = [
-        f"XLEARNER.SQUEEZE.TASK_WEIGHTS names the unknown task {name!r}.{nearest(name, known)}"
-        for name in weights
-        if name not in known
-    ]
-    if not cfg.XLEARNER.SQUEEZE.TASK_LOSSES and not any(weights.get(name, 1.0) for name in known):
-        problems.append(
-            "XLEARNER.SQUEEZE.TASK_WEIGHTS are 0 for all tasks, so the student learns nothing "
-            "unless TASK_LOSSES is True."
-        )
-    return problems
-
-
 def _check_settings(cfg: CfgNode, world_size: int) -> list[str]:
-    problems = _one_of("STAGE", cfg.XLEARNER.STAGE, STAGES)
+    problems = one_of("STAGE", cfg.XLEARNER.STAGE, STAGES)
     problems += check_sampling(cfg, world_size)
     if cfg.XLEARNER.COMPILE:
-        problems += _one_of("COMPILE", cfg.XLEARNER.COMPILE, torch.compiler.list_backends(exclude_tags=()))
-    problems += _one_of("SHARING", cfg.XLEARNER.SHARING, SHARING)
+        problems += one_of("COMPILE", cfg.XLEARNER.COMPILE, torch.compiler.list_backends(exclude_tags=()))
+    problems += one_of("SHARING", cfg.XLEARNER.SHARING, SHARING)
     for stage in cfg.XLEARNER.RECONCILIATION.STAGES:
-        problems += _one_of("RECONCILIATION.STAGES", stage, RESNET_STAGES)
+        problems += one_of("RECONCILIATION.STAGES", stage, RESNET_STAGES)
     if cfg.MODEL.DEVICE.startswith("cuda") and not torch.cuda.is_available():
         problems.append(f"MODEL.DEVICE is {cfg.MODEL.DEVICE!r}, but this machine has no usable GPU. Set it to cpu.")
     if cfg.MODEL.WEIGHTS and "://" not in cfg.MODEL.WEIGHTS and not Path(cfg.MODEL.WEIGHTS).is_file():
@@ -167,7 +101,7 @@ def _check_settings(cfg: CfgNode, world_size: int) -> list[str]:
         problems.append(f"SOLVER.OPTIMIZER is {cfg.SOLVER.OPTIMIZER!r}, but one of {known} is expected.")
     if any(cfg.MODEL.RESNETS.DEFORM_ON_PER_STAGE) and not has_compiled_operators():
         problems.append(f"MODEL.RESNETS.DEFORM_ON_PER_STAGE needs {COMPILED_HINT}")
-    return problems + check_timeouts(cfg) + _check_squeeze(cfg)
+    return problems + check_timeouts(cfg) + check_squeeze(cfg)
 
 
 def check_output(plan: Plan, *, resume: bool) -> None:
@@ -315,7 +249,7 @@ def make_plan(cfg: CfgNode, *, world_size: int) -> Plan:
         raise ConfigError(problems)
     tasks = derive_tasks(sources, heads)
     problems += check_tasks(cfg, growth, tasks)
-    problems += _check_task_weights(cfg, tasks)
+    problems += check_task_weights(cfg, tasks)
     problems += check_branches(cfg, branches, tasks, [] if growth is None else [task.name for task in growth.tasks])
     if problems:
         raise ConfigError(problems)

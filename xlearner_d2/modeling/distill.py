@@ -305,9 +305,10 @@ class Distiller(nn.Module):
         losses = []
         normalisers = cast(nn.ModuleDict, self.normalisers[task])
         for stage, projector in cast(nn.ModuleDict, self.projectors[task]).items():
-            size = features[stage].shape[2:]
             target = targets[self.teacher_stages[stage]].float()
-            target = target if target.shape[2:] == size else F.adaptive_avg_pool2d(target, size)
+            height, width = features[stage].shape[2:]
+            if target.shape[2:] != (height, width):
+                target = F.adaptive_avg_pool2d(target, (height, width))
             normaliser = cast(Normaliser, normalisers[stage])
             if self.training:
                 normaliser.update(target)

@@ -1,0 +1,73 @@
+"""Settings of the squeeze, checked before anything is trained."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from detectron2.config import CfgNode
+
+from ..modeling.distill import DISTANCES, NORMALISERS
+from ..modeling.expanded import STAGES
+from ..specs import TaskSpec, nearest, one_of
+
+
+def _check_hints(squeeze: CfgNode) -> list[str]:
+    """Problems of what gives hints to which stage, and of their weights."""
+    problems, count = [], len(squeeze.STAGES)
+    for key in ("STAGES", "TEACHER_STAGES"):
+        for stage in squeeze[key]:
+            problems += one_of(f"SQUEEZE.{key}", stage, STAGES)
+    for key in ("TEACHER_STAGES", "STAGE_WEIGHTS"):
+        found = len(squeeze[key])
+        if found != count:
+            problems.append(f"XLEARNER.SQUEEZE.{key} has {found} entries, but SQUEEZE.STAGES has {count}.")
+    for stage, giver in zip(squeeze.STAGES, squeeze.TEACHER_STAGES, strict=False):
+        if giver > stage and {giver, stage} <= {*STAGES}:
+            wish = "the same stage or a shallower one is expected"
+            problems.append(f"XLEARNER.SQUEEZE.TEACHER_STAGES has {giver} for {stage} of the student, but {wish}.")
+    return problems
+
+
+def check_squeeze(cfg: CfgNode) -> list[str]:
+    """Problems of ``XLEARNER.SQUEEZE`` that show without data."""
+    squeeze = cfg.XLEARNER.SQUEEZE
+    problems = one_of("SQUEEZE.DISTANCE", squeeze.DISTANCE, DISTANCES)
+    problems += one_of("SQUEEZE.NORMALISER", squeeze.NORMALISER, NORMALISERS)
+    problems += _check_hints(squeeze)
+    if squeeze.PROJECTOR_LAYERS < 1:
+        problems.append(f"XLEARNER.SQUEEZE.PROJECTOR_LAYERS is {squeeze.PROJECTOR_LAYERS}, but at least 1 is expected.")
+    if not 0 <= squeeze.HINT_WEIGHT < float("inf"):
+        wish = "a finite number of at least 0 is expected"
+        problems.append(f"XLEARNER.SQUEEZE.HINT_WEIGHT is {squeeze.HINT_WEIGHT}, but {wish}.")
+    if squeeze.HINT_WEIGHT == 0 and not squeeze.TASK_LOSSES:
+        problems.append("XLEARNER.SQUEEZE.HINT_WEIGHT is 0, so the student learns nothing unless TASK_LOSSES is True.")
+    for task, weight in squeeze.TASK_WEIGHTS.items():
+        if not isinstance(weight, int | float) or not 0 <= weight < float("inf"):
+            wish = "a finite number of at least 0 is expected"
+            problems.append(f"XLEARNER.SQUEEZE.TASK_WEIGHTS.{task} is {weight!r}, but {wish}.")
+    if not 0 <= squeeze.EMA_DECAY < 1:
+        problems.append(f"XLEARNER.SQUEEZE.EMA_DECAY is {squeeze.EMA_DECAY}, but 0 to below 1 is expected.")
+    if squeeze.EMA_DECAY and not squeeze.BN_RECALIBRATION_BATCHES:
+        wish = "averaged weights need statistics of their own: set XLEARNER.SQUEEZE.BN_RECALIBRATION_BATCHES above 0"
+        problems.append(f"XLEARNER.SQUEEZE.EMA_DECAY is {squeeze.EMA_DECAY}, but {wish}.")
+    for key in squeeze.SOLVER:
+        if key not in cfg.SOLVER:
+            problems.append(f"XLEARNER.SQUEEZE.SOLVER has the unknown key {key!r}.{nearest(key, cfg.SOLVER)}")
+    if squeeze.TEACHER and not Path(squeeze.TEACHER).is_file():
+        problems.append(f"XLEARNER.SQUEEZE.TEACHER: there is no file {squeeze.TEACHER}.")
+    return problems
+
+
+def check_task_weights(cfg: CfgNode, tasks: Sequence[TaskSpec]) -> list[str]:
+    """Problems of ``XLEARNER.SQUEEZE.TASK_WEIGHTS`` with the tasks that there are."""
+    weights, known = cfg.XLEARNER.SQUEEZE.TASK_WEIGHTS, [task.name for task in tasks]
+    problems = [
+        f"XLEARNER.SQUEEZE.TASK_WEIGHTS names the unknown task {name!r}.{nearest(name, known)}"
+        for name in weights
+        if name not in known
+    ]
+    if not cfg.XLEARNER.SQUEEZE.TASK_LOSSES and not any(weights.get(name, 1.0) for name in known):
+        problems.append(
+            "XLEARNER.SQUEEZE.TASK_WEIGHTS are 0 for all tasks, so the student learns nothing "
+            "unless TASK_LOSSES is True."
+        )
+    return problems
