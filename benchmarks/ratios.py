@@ -162,10 +162,8 @@ def squeeze_step(args: Namespace) -> Found:
     student = build_branch(cfg, out_features=("res2", "res3", "res4", "res5")).to(memory_format=torch.channels_last)
     student.to(teacher.device)
     squeeze = cfg.XLEARNER.SQUEEZE
-    teacher_stages, deepest = (
-        dict(zip(squeeze.STAGES, squeeze.TEACHER_STAGES, strict=True)),
-        max(squeeze.TEACHER_STAGES),
-    )
+    teacher_stages = dict(zip(squeeze.STAGES, squeeze.TEACHER_STAGES, strict=True))
+    deepest = max(teacher_stages.values())
     weights = matched_stages(squeeze.STAGES, squeeze.STAGE_WEIGHTS)
     distiller = Distiller(student=student, teacher=teacher, stage_weights=weights, teacher_stages=teacher_stages)
     distiller.train()
