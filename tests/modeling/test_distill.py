@@ -313,7 +313,7 @@ def test_stage_weights_scale_the_stages(make_distiller: MakeDistiller, make_batc
 def test_a_stage_learns_from_the_mean_of_a_shallower_one(
     make_distiller: MakeDistiller, make_batches: MakeBatches
 ) -> None:
-    """res4 of the branch, averaged over each 2 x 2 positions, is what a projector that knows it gets no loss for."""
+    """The target of the student's res5 is the branch's res4, averaged over each 2 x 2 positions."""
     options: dict[str, Any] = {"stage_weights": {"res5": 1.0}, "normaliser": "none"}
     distiller = make_distiller("XLEARNER.SHARING", "separate", teacher_stages={"res5": "res4"}, **options).eval()
     batches = make_batches("pics")
