@@ -24,6 +24,8 @@ TESTED = {
     "transfer/openmoji12_study.yaml",
     "transfer/paper12.yaml",
     "transfer/real12.yaml",
+    "transfer/real12_few_pretrain.yaml",
+    "transfer/real12_few_study.yaml",
     "transfer/real12_pretrain.yaml",
     "transfer/real12_study.yaml",
 }
@@ -91,8 +93,9 @@ def test_studies_openmoji(openmoji, tmp_path, name, found):
     assert not (tmp_path / "out").exists()
 
 
-def test_study_real(photographs, tmp_path):
-    study = ["--study", "configs/transfer/real12_study.yaml", "--output", tmp_path / "out"]
+@pytest.mark.parametrize("name", ["real12_study", "real12_few_study"])
+def test_study_real(photographs, tmp_path, name):
+    study = ["--study", f"configs/transfer/{name}.yaml", "--output", tmp_path / "out"]
     done = dry_run("tools/study.py", *study, data=photographs)
     assert done.returncode == 0, done.stderr
     assert "single/coco_boxes: single_coco_boxes/expanded.pth:detection" in done.stdout

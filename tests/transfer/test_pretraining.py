@@ -127,7 +127,7 @@ def images_seen(study: StudySpec, name: str) -> int:
     return int(batch * steps[cfg.XLEARNER.STAGE] + sum(images_seen(study, other) for other in needed))
 
 
-@pytest.mark.parametrize("name", ["openmoji12_study", "openmoji12_ablation", "real12_study"])
+@pytest.mark.parametrize("name", ["openmoji12_study", "openmoji12_ablation", "real12_study", "real12_few_study"])
 def test_all_backbones_of_a_shipped_study_saw_as_many_images(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
     monkeypatch.chdir(ROOT)
     study = load_study(f"configs/transfer/{name}.yaml")
