@@ -124,9 +124,9 @@ def _add_squeeze(x: CfgNode) -> None:
     # Stages of the student that get hints from the branches.
     q.STAGES = ["res4", "res5"]
     # For each of these, the stage of the branches that gives them, itself or a shallower one, averaged over positions
-    # to its stride. Where labels are few and training is long, res5 of a branch knows its labels by heart, and res4 for
-    # both is far better; in short runs with many labels it is not (docs/RESULTS.md).
-    q.TEACHER_STAGES = ["res4", "res5"]
+    # to its stride. res5 of a branch is made for its own labels: where these are few and training is long, res4 for both
+    # is far better, and in short runs with many labels it is level (docs/RESULTS.md).
+    q.TEACHER_STAGES = ["res4", "res4"]
     # Weight of each of these stages; 0 leaves one out.
     q.STAGE_WEIGHTS = [1.0, 1.0]
     # What a hint is compared by: mse, cosine_smooth_l1 (half each), cosine, smooth_l1.
