@@ -139,8 +139,9 @@ def _add_squeeze(x: CfgNode) -> None:
     q.TASK_LOSSES = True
     # Whether a branch gives hints for the images of its own task's sources alone, instead of for all images.
     q.OWN_IMAGES = False
-    # Factor on all hints, against the task losses.
-    q.HINT_WEIGHT = 3.0
+    # Factor on all hints, against the task losses. Where labels are few and training is long, 3 is level with 1; in short
+    # runs it costs points of classification (docs/EXPERIMENTS.md).
+    q.HINT_WEIGHT = 1.0
     # By task, a further factor on the hints of its branch, such as {classification: 0.0}; 1 for those not named, and 0
     # asks a branch for none.
     q.TASK_WEIGHTS = CfgNode(new_allowed=True)
