@@ -124,8 +124,8 @@ def _add_squeeze(x: CfgNode) -> None:
     # Stages of the student that get hints from the branches.
     q.STAGES = ["res4", "res5"]
     # For each of these, the stage of the branches that gives them, itself or a shallower one, averaged over positions
-    # to its stride. res5 of a branch is made for its own labels: where these are few and training is long, res4 for both
-    # is far better, and in short runs with many labels it is level (docs/RESULTS.md).
+    # to its stride. res5 of a branch is made for its own labels: where these are few and training is long, res4 for
+    # both is far better, and in short runs with many labels it is level (docs/EXPERIMENTS.md).
     q.TEACHER_STAGES = ["res4", "res4"]
     # Weight of each of these stages; 0 leaves one out.
     q.STAGE_WEIGHTS = [1.0, 1.0]
@@ -139,8 +139,8 @@ def _add_squeeze(x: CfgNode) -> None:
     q.TASK_LOSSES = True
     # Whether a branch gives hints for the images of its own task's sources alone, instead of for all images.
     q.OWN_IMAGES = False
-    # Factor on all hints, against the task losses. Where labels are few and training is long, 3 is level with 1; in short
-    # runs it costs points of classification (docs/EXPERIMENTS.md).
+    # Factor on all hints, against the task losses. Where labels are few and training is long, 3 is level with 1; in
+    # short runs it costs points of classification (docs/EXPERIMENTS.md).
     q.HINT_WEIGHT = 1.0
     # By task, a further factor on the hints of its branch, such as {classification: 0.0}; 1 for those not named, and 0
     # asks a branch for none.
