@@ -77,5 +77,6 @@ def probe_student(plan: Plan, weights: str | Path) -> dict[str, dict[str, float]
                 autocast_dtype=cpu_autocast_dtype(cfg),
             )
             results.setdefault(probe.name, {})[name] = found.accuracy
-        logger.info(f"Linear probe {probe.name}: {results[probe.name]}.")
+        found_by = ", ".join(f"{name} {accuracy:.1f} %" for name, accuracy in results[probe.name].items())
+        logger.info(f"Linear probe of {probe.name}: {found_by}.")
     return results
