@@ -6,7 +6,7 @@ RUN := $(VENV)/bin/python
 .PHONY: help setup demo test lint docs docs-check clean
 
 help:
-	@echo "make demo    set up, make the OpenMoji data, train, squeeze, evaluate (about 10 minutes on 2 CPU cores)"
+	@echo "make demo    set up, make the OpenMoji data, train, squeeze, evaluate (10 to 15 minutes on 2 CPU cores)"
 	@echo "make test    set up, run all tests"
 	@echo "make lint    set up, run ruff and mypy"
 	@echo "make docs    set up, build the documentation into build/site"
