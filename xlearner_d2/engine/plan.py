@@ -1,30 +1,25 @@
 """Everything a run needs, validated as a whole before anything is trained or written."""
 
-import importlib.util
 import os
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
 from detectron2.config import CfgNode
 
 from ..data.balance import build_stream
 from ..data.sources import SourceData, load_records, register_sources, source_data
-from ..evaluation.build import check_evaluation
 from ..extensions import import_modules
 from ..modeling.branches import BranchSpec
-from ..modeling.expanded import STAGES as RESNET_STAGES
-from ..modeling.heads import COMPILED_HINT, derive_tasks, has_compiled_operators, head_config
-from ..settings import SHARING, STAGES
-from ..specs import ConfigError, ProbeSpec, SourceSpec, TaskSpec, one_of, parse_records, parse_sources
+from ..modeling.heads import derive_tasks, head_config
+from ..specs import ConfigError, ProbeSpec, SourceSpec, TaskSpec, parse_records, parse_sources
 from .branches import check_branches, check_networks
-from .drawn import Drawn, balance, check_sampling, check_weighting
+from .drawn import Drawn, balance, check_weighting
 from .growth import Growth, check_tasks, read_growth, with_stored_classes
-from .optimizer import OPTIMIZERS
-from .scaling import check_norm, check_timeouts, scale_to_workers
-from .squeeze_settings import check_squeeze, check_task_weights
+from .plan_checks import check_head, check_settings, check_tests, check_training
+from .scaling import check_norm, scale_to_workers
+from .squeeze_settings import check_task_weights
 
 #: What the expand stage leaves in OUTPUT_DIR, and what squeeze starts from.
 EXPANDED_FILE = "expanded.pth"
@@ -81,27 +76,9 @@ def _collect(problems: list[str]) -> Iterator[None]:
         problems += error.problems
 
 
-def _check_settings(cfg: CfgNode, world_size: int) -> list[str]:
-    problems = one_of("STAGE", cfg.XLEARNER.STAGE, STAGES)
-    problems += check_sampling(cfg, world_size)
-    if cfg.XLEARNER.COMPILE:
-        problems += one_of("COMPILE", cfg.XLEARNER.COMPILE, torch.compiler.list_backends(exclude_tags=()))
-    problems += one_of("SHARING", cfg.XLEARNER.SHARING, SHARING)
-    for stage in cfg.XLEARNER.RECONCILIATION.STAGES:
-        problems += one_of("RECONCILIATION.STAGES", stage, RESNET_STAGES)
-    if cfg.MODEL.DEVICE.startswith("cuda") and not torch.cuda.is_available():
-        problems.append(f"MODEL.DEVICE is {cfg.MODEL.DEVICE!r}, but this machine has no usable GPU. Set it to cpu.")
-    if cfg.MODEL.WEIGHTS and "://" not in cfg.MODEL.WEIGHTS and not Path(cfg.MODEL.WEIGHTS).is_file():
-        problems.append(f"MODEL.WEIGHTS: there is no file {cfg.MODEL.WEIGHTS}.")
-    if cfg.XLEARNER.WANDB and importlib.util.find_spec("wandb") is None:
-        wish = "the package wandb is not installed: pip install wandb, or leave the setting empty"
-        problems.append(f"XLEARNER.WANDB is {cfg.XLEARNER.WANDB!r}, but {wish}.")
-    if cfg.SOLVER.OPTIMIZER not in OPTIMIZERS:
-        known = ", ".join(OPTIMIZERS)
-        problems.append(f"SOLVER.OPTIMIZER is {cfg.SOLVER.OPTIMIZER!r}, but one of {known} is expected.")
-    if any(cfg.MODEL.RESNETS.DEFORM_ON_PER_STAGE) and not has_compiled_operators():
-        problems.append(f"MODEL.RESNETS.DEFORM_ON_PER_STAGE needs {COMPILED_HINT}")
-    return problems + check_timeouts(cfg) + check_squeeze(cfg)
+def _stop_at(problems: Sequence[str]) -> None:
+    if problems:
+        raise ConfigError(problems)
 
 
 def check_output(plan: Plan, *, resume: bool) -> None:
@@ -147,51 +124,6 @@ def squeeze_config(cfg: CfgNode) -> CfgNode:
     return cfg
 
 
-def _check_head(source: SourceSpec, head: CfgNode, world_size: int) -> list[str]:
-    """Problems of a head's settings with the way the source is trained and tested."""
-    where, problems = f"XLEARNER.SOURCES.{source.name}", []
-    options, share = head.MODEL.CLASSIFIER, source.ims_per_batch // world_size
-    mixes = options.MIXUP or options.CUTMIX
-    if mixes and share % 2:
-        problems.append(
-            f"{where}.IMS_PER_BATCH gives each worker {share} images, but mixup and cutmix need an even number."
-        )
-    if mixes and options.MULTI_LABEL:
-        problems.append(f"{where}: MODEL.CLASSIFIER.MULTI_LABEL cannot be combined with MIXUP or CUTMIX.")
-    sigmas, keypoints = head.TEST.KEYPOINT_OKS_SIGMAS, head.MODEL.ROI_KEYPOINT_HEAD.NUM_KEYPOINTS
-    if head.MODEL.KEYPOINT_ON and sigmas and len(sigmas) != keypoints:
-        wish = f"one for each of the {keypoints} keypoints is expected"
-        problems.append(f"{where}: TEST.KEYPOINT_OKS_SIGMAS has {len(sigmas)} entries, but {wish}.")
-    low, high = (*head.MODEL.DEPTH_HEAD.RANGE, 0.0, 0.0)[:2]
-    if not 0 < low < high:
-        got = head.MODEL.DEPTH_HEAD.RANGE
-        problems.append(f"{where}: MODEL.DEPTH_HEAD.RANGE is {got}, but a nearest and a farther distance are expected.")
-    return problems
-
-
-def _check_training(sources: Sequence[SourceSpec], frozen: Collection[str]) -> list[str]:
-    """A new source of a frozen task has its head to train; something has to be trained."""
-    problems = [
-        f"XLEARNER.SOURCES.{source.name}.TRAIN is empty, but its head is new: at least one data set is needed."
-        for source in sources
-        if not source.train and frozen and source.name not in frozen
-    ]
-    if sources and all(source.name in frozen for source in sources):
-        problems.append("XLEARNER.FREEZE leaves nothing to train: add a source, or freeze less.")
-    return problems
-
-
-def _check_tests(source: SourceSpec, head: CfgNode) -> list[str]:
-    """Found now, as test sets are evaluated after hours of training."""
-    problems = []
-    for name in source.test:
-        try:
-            check_evaluation(name, head)
-        except ValueError as error:
-            problems.append(f"XLEARNER.SOURCES.{source.name}.TEST: {error}")
-    return problems
-
-
 def make_plan(cfg: CfgNode, *, world_size: int) -> Plan:
     """Validate a config and its data.
 
@@ -202,9 +134,47 @@ def make_plan(cfg: CfgNode, *, world_size: int) -> Plan:
         ConfigError: with all problems of the config; when it has none, with all problems of the data.
     """
     written_for = cfg.SOLVER.REFERENCE_WORLD_SIZE or world_size
-    cfg = scale_to_workers(cfg, world_size)
+    asked = _read_settings(scale_to_workers(cfg, world_size), world_size)
+    heads, data = _read_data(asked)
+    drawn = {
+        "expand": balance(asked.cfg, [s for s in asked.sources if s.name not in asked.frozen], data, world_size),
+        "squeeze": balance(asked.cfg, [s for s in asked.sources if s.train], data, world_size),
+    }
+    _check_drawn(asked.cfg, drawn, heads, data, world_size)
+    return Plan(
+        world_size=world_size,
+        written_for=written_for,
+        cfg=asked.cfg,
+        sources=asked.sources,
+        heads=heads,
+        tasks=_derive_tasks(asked, heads),
+        data=data,
+        probes=asked.probes,
+        drawn=drawn,
+        growth=asked.growth,
+        branches=asked.branches,
+    )
+
+
+@dataclass(frozen=True)
+class _Settings:
+    """What a config asks for, before any data is read; the attributes are those of :class:`Plan`."""
+
+    cfg: CfgNode
+    sources: tuple[SourceSpec, ...]
+    probes: tuple[ProbeSpec, ...]
+    growth: Growth | None
+    branches: tuple[BranchSpec, ...]
+
+    @property
+    def frozen(self) -> frozenset[str]:
+        """Sources whose branch and head stay as they are."""
+        return frozenset() if self.growth is None else self.growth.frozen
+
+
+def _read_settings(cfg: CfgNode, world_size: int) -> _Settings:
     import_modules(cfg.XLEARNER.IMPORTS)
-    problems = _check_settings(cfg, world_size)
+    problems = check_settings(cfg, world_size)
     problems += check_norm(cfg, "MODEL", world_size)
     branches = parse_records(BranchSpec, cfg.XLEARNER.BRANCHES, "XLEARNER.BRANCHES", problems)
     problems += check_networks(cfg, branches)
@@ -219,50 +189,53 @@ def make_plan(cfg: CfgNode, *, world_size: int) -> Plan:
         world_size=1 if sharing else world_size,
         frozen_tasks=cfg.XLEARNER.FREEZE,
     )
-    frozen = frozenset() if growth is None else growth.frozen
-    problems += _check_training(sources, frozen)
     probes = parse_records(ProbeSpec, cfg.XLEARNER.PROBES, "XLEARNER.PROBES", problems)
+    asked = _Settings(cfg=cfg, sources=tuple(sources), probes=tuple(probes), growth=growth, branches=tuple(branches))
+    problems += check_training(sources, asked.frozen)
     with _collect(problems):
         register_sources(cfg, sources, probes)
-    if problems:
-        raise ConfigError(problems)
-    records = load_records(sources, probes, check_images=cfg.XLEARNER.CHECK_IMAGES)
+    _stop_at(problems)
+    return asked
+
+
+def _read_data(asked: _Settings) -> tuple[dict[str, CfgNode], dict[str, SourceData]]:
+    """The config of each source's head, and its records."""
+    cfg = asked.cfg
+    problems: list[str] = []
+    records = load_records(asked.sources, asked.probes, check_images=cfg.XLEARNER.CHECK_IMAGES)
     heads, data = {}, {}
-    for source in sources:
+    for source in asked.sources:
         with _collect(problems):
             heads[source.name] = head_config(source, cfg)
             data[source.name] = source_data(source, heads[source.name], records, seed=max(cfg.SEED, 0))
-    if problems:
-        raise ConfigError(problems)
-    drawn = {
-        "expand": balance(cfg, [source for source in sources if source.name not in frozen], data, world_size),
-        "squeeze": balance(cfg, [source for source in sources if source.train], data, world_size),
-    }
-    problems += check_weighting(cfg, drawn)
+    _stop_at(problems)
+    return heads, data
+
+
+def _check_drawn(
+    cfg: CfgNode,
+    drawn: Mapping[str, Drawn],
+    heads: Mapping[str, CfgNode],
+    data: Mapping[str, SourceData],
+    world_size: int,
+) -> None:
+    """See that each source can be trained with the images that a step has of it, and tested."""
+    problems = check_weighting(cfg, drawn)
     for source in {(s.name, s.ims_per_batch): s for of in drawn.values() for s in of.sources}.values():
         with _collect(problems):
-            problems += _check_head(source, heads[source.name], world_size)
-            problems += _check_tests(source, heads[source.name])
+            problems += check_head(source, heads[source.name], world_size)
+            problems += check_tests(source, heads[source.name])
             build_stream(source, heads[source.name], data[source.name].train, seed=0)
             problems += check_norm(heads[source.name], f"XLEARNER.SOURCES.{source.name}: MODEL", world_size)
-    if problems:
-        raise ConfigError(problems)
-    tasks = derive_tasks(sources, heads)
-    problems += check_tasks(cfg, growth, tasks)
-    problems += check_task_weights(cfg, tasks)
-    problems += check_branches(cfg, branches, tasks, [] if growth is None else [task.name for task in growth.tasks])
-    if problems:
-        raise ConfigError(problems)
-    return Plan(
-        world_size=world_size,
-        written_for=written_for,
-        cfg=cfg,
-        sources=tuple(sources),
-        heads=heads,
-        tasks=tuple(tasks),
-        data=data,
-        probes=tuple(probes),
-        drawn=drawn,
-        growth=growth,
-        branches=tuple(branches),
-    )
+    _stop_at(problems)
+
+
+def _derive_tasks(asked: _Settings, heads: Mapping[str, CfgNode]) -> tuple[TaskSpec, ...]:
+    """The branches, which fit what the squeeze, BRANCHES and the trained expansion say about them."""
+    tasks = derive_tasks(asked.sources, heads)
+    trained = [] if asked.growth is None else [task.name for task in asked.growth.tasks]
+    problems = check_tasks(asked.cfg, asked.growth, tasks)
+    problems += check_task_weights(asked.cfg, tasks)
+    problems += check_branches(asked.cfg, asked.branches, tasks, trained)
+    _stop_at(problems)
+    return tuple(tasks)

@@ -1,0 +1,87 @@
+"""What is checked of a run's settings, its sources and their heads; each check gives the problems that it finds."""
+
+import importlib.util
+from collections.abc import Collection, Sequence
+from pathlib import Path
+
+import torch
+from detectron2.config import CfgNode
+
+from ..evaluation.build import check_evaluation
+from ..modeling.expanded import STAGES as RESNET_STAGES
+from ..modeling.heads import COMPILED_HINT, has_compiled_operators
+from ..settings import SHARING, STAGES
+from ..specs import SourceSpec, one_of
+from .drawn import check_sampling
+from .optimizer import OPTIMIZERS
+from .scaling import check_timeouts
+from .squeeze_settings import check_squeeze
+
+
+def check_settings(cfg: CfgNode, world_size: int) -> list[str]:
+    """Problems of the settings that stand for themselves: those of no source."""
+    problems = one_of("STAGE", cfg.XLEARNER.STAGE, STAGES)
+    problems += check_sampling(cfg, world_size)
+    if cfg.XLEARNER.COMPILE:
+        problems += one_of("COMPILE", cfg.XLEARNER.COMPILE, torch.compiler.list_backends(exclude_tags=()))
+    problems += one_of("SHARING", cfg.XLEARNER.SHARING, SHARING)
+    for stage in cfg.XLEARNER.RECONCILIATION.STAGES:
+        problems += one_of("RECONCILIATION.STAGES", stage, RESNET_STAGES)
+    if cfg.MODEL.DEVICE.startswith("cuda") and not torch.cuda.is_available():
+        problems.append(f"MODEL.DEVICE is {cfg.MODEL.DEVICE!r}, but this machine has no usable GPU. Set it to cpu.")
+    if cfg.MODEL.WEIGHTS and "://" not in cfg.MODEL.WEIGHTS and not Path(cfg.MODEL.WEIGHTS).is_file():
+        problems.append(f"MODEL.WEIGHTS: there is no file {cfg.MODEL.WEIGHTS}.")
+    if cfg.XLEARNER.WANDB and importlib.util.find_spec("wandb") is None:
+        wish = "the package wandb is not installed: pip install wandb, or leave the setting empty"
+        problems.append(f"XLEARNER.WANDB is {cfg.XLEARNER.WANDB!r}, but {wish}.")
+    if cfg.SOLVER.OPTIMIZER not in OPTIMIZERS:
+        known = ", ".join(OPTIMIZERS)
+        problems.append(f"SOLVER.OPTIMIZER is {cfg.SOLVER.OPTIMIZER!r}, but one of {known} is expected.")
+    if any(cfg.MODEL.RESNETS.DEFORM_ON_PER_STAGE) and not has_compiled_operators():
+        problems.append(f"MODEL.RESNETS.DEFORM_ON_PER_STAGE needs {COMPILED_HINT}")
+    return problems + check_timeouts(cfg) + check_squeeze(cfg)
+
+
+def check_head(source: SourceSpec, head: CfgNode, world_size: int) -> list[str]:
+    """Problems of a head's settings with the way the source is trained and tested."""
+    where, problems = f"XLEARNER.SOURCES.{source.name}", []
+    options, share = head.MODEL.CLASSIFIER, source.ims_per_batch // world_size
+    mixes = options.MIXUP or options.CUTMIX
+    if mixes and share % 2:
+        problems.append(
+            f"{where}.IMS_PER_BATCH gives each worker {share} images, but mixup and cutmix need an even number."
+        )
+    if mixes and options.MULTI_LABEL:
+        problems.append(f"{where}: MODEL.CLASSIFIER.MULTI_LABEL cannot be combined with MIXUP or CUTMIX.")
+    sigmas, keypoints = head.TEST.KEYPOINT_OKS_SIGMAS, head.MODEL.ROI_KEYPOINT_HEAD.NUM_KEYPOINTS
+    if head.MODEL.KEYPOINT_ON and sigmas and len(sigmas) != keypoints:
+        wish = f"one for each of the {keypoints} keypoints is expected"
+        problems.append(f"{where}: TEST.KEYPOINT_OKS_SIGMAS has {len(sigmas)} entries, but {wish}.")
+    low, high = (*head.MODEL.DEPTH_HEAD.RANGE, 0.0, 0.0)[:2]
+    if not 0 < low < high:
+        got = head.MODEL.DEPTH_HEAD.RANGE
+        problems.append(f"{where}: MODEL.DEPTH_HEAD.RANGE is {got}, but a nearest and a farther distance are expected.")
+    return problems
+
+
+def check_training(sources: Sequence[SourceSpec], frozen: Collection[str]) -> list[str]:
+    """A new source of a frozen task has its head to train; something has to be trained."""
+    problems = [
+        f"XLEARNER.SOURCES.{source.name}.TRAIN is empty, but its head is new: at least one data set is needed."
+        for source in sources
+        if not source.train and frozen and source.name not in frozen
+    ]
+    if sources and all(source.name in frozen for source in sources):
+        problems.append("XLEARNER.FREEZE leaves nothing to train: add a source, or freeze less.")
+    return problems
+
+
+def check_tests(source: SourceSpec, head: CfgNode) -> list[str]:
+    """Found now, as test sets are evaluated after hours of training."""
+    problems = []
+    for name in source.test:
+        try:
+            check_evaluation(name, head)
+        except ValueError as error:
+            problems.append(f"XLEARNER.SOURCES.{source.name}.TEST: {error}")
+    return problems
