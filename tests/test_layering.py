@@ -67,7 +67,14 @@ ALLOWED: dict[str, set[str]] = {
     "modeling.weighting": set(),
     "modeling.small_maps": set(),
     "modeling.xlearner": {"specs", "modeling.expanded", "modeling.heads", "modeling.pixels", "modeling.small_maps"},
-    "modeling.distill": {"modeling.branches", "modeling.expanded", "modeling.small_maps", "modeling.xlearner"},
+    "modeling.normalisers": set(),
+    "modeling.distill": {
+        "modeling.branches",
+        "modeling.expanded",
+        "modeling.normalisers",
+        "modeling.small_maps",
+        "modeling.xlearner",
+    },
     "modeling.plug_in": {
         "specs",
         "settings",

@@ -5,8 +5,9 @@ from pathlib import Path
 
 from detectron2.config import CfgNode
 
-from ..modeling.distill import DISTANCES, NORMALISERS
+from ..modeling.distill import DISTANCES
 from ..modeling.expanded import STAGES
+from ..modeling.normalisers import NORMALISERS
 from ..specs import TaskSpec, nearest, one_of
 
 
