@@ -105,6 +105,9 @@ def test_sem_seg_pairs_by_name_and_reports_unlabelled_images(tmp_path: Path, cap
     assert [Path(record["sem_seg_file_name"]).name for record in records] == ["a.png", "c.png"]
     assert "1 of 3 images have no label" in caplog.text
     assert caplog.text.rstrip().endswith(": b")
+    caplog.clear()
+    read(SEM_SPEC, tmp_path)  # as each run of a study does
+    assert not caplog.text
 
 
 def test_image_folder_equals_torchvision(tmp_path: Path) -> None:

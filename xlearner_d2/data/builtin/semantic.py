@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+from detectron2.utils.logger import log_first_n
 from torchvision.datasets.folder import IMG_EXTENSIONS
 
 from ...specs import DatasetSpec
@@ -26,8 +27,6 @@ from .common import (
     subject,
     walk_images,
 )
-
-logger = logging.getLogger(__name__)
 
 #: Bit depth and colour type in the header of a PNG that holds one 8-bit channel, and where they are.
 _PLAIN, _PLAIN_AT = b"\x08\x00", slice(24, 26)
@@ -197,5 +196,6 @@ def _check_labels(spec: DatasetSpec, folder: Path, images: Mapping[str, str], la
 def _warn_unlabelled(spec: DatasetSpec, names: list[str], num_images: int, folder: Path) -> None:
     if names:
         shown = ", ".join(names[:5]) + (", …" if len(names) > 5 else "")
-        text = "%s: %d of %d images have no label in %s and are left out: %s"
-        logger.warning(text, subject(spec), len(names), num_images, folder, shown)
+        count = f"{len(names)} of {num_images} images"
+        text = f"{subject(spec)}: {count} have no label in {folder} and are left out: {shown}"
+        log_first_n(logging.WARNING, text, key="message")  # a study reads the same data for each of its runs
