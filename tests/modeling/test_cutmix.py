@@ -112,9 +112,16 @@ def test_branches_are_asked_about_the_mixed_images_and_heads_about_the_steps_own
     assert all(torch.equal(images, mixed) for images in asked)
 
 
-def test_validation_has_no_mixed_images(
-    make_distiller: MakeDistiller, make_batches: MakeBatches, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(("training", "weight"), [(False, 1.0), (True, 0.0)])
+def test_nothing_is_mixed_in_validation_or_without_hints(
+    make_distiller: MakeDistiller,
+    make_batches: MakeBatches,
+    monkeypatch: pytest.MonkeyPatch,
+    training: bool,
+    weight: float,
 ) -> None:
     monkeypatch.setattr(distill, "cutmix", None)  # calling it would fail
-    distiller = make_distiller(cutmix=1.0).eval()
-    assert all(loss.isfinite() for loss in losses_of(distiller, make_batches()).values())
+    distiller = make_distiller(cutmix=1.0, hint_weight=weight).train(training)
+    losses = losses_of(distiller, make_batches())
+    assert losses
+    assert all(loss.isfinite() for loss in losses.values())

@@ -118,7 +118,7 @@ class Distiller(nn.Module):
         factors = {task: hint_weight * (task_weights or {}).get(task, 1.0) for task in teacher.backbone.tasks}
         self.task_weights = {task: factor for task, factor in factors.items() if factor}
         self.own_images = own_images
-        self.cutmix = cutmix
+        self.cutmix = cutmix if self.task_weights else 0.0
         self.projector_layers = projector_layers
         self.stage_weights = dict(stage_weights)
         self.teacher_stages = {stage: (teacher_stages or {}).get(stage, stage) for stage in stage_weights}
