@@ -139,9 +139,6 @@ def _add_squeeze(x: CfgNode) -> None:
     q.TASK_LOSSES = True
     # Whether a branch gives hints for the images of its own task's sources alone, instead of for all images.
     q.OWN_IMAGES = False
-    # Strength of cutmix: hints are given for images pasted together from two of the step each, labels for the step's
-    # own. The student sees twice as many a step, and few images last longer; 0 turns it off, 1 is common.
-    q.CUTMIX = 0.0
     # Factor on all hints, against the task losses. Where labels are few and training is long, 3 is level with 1; in
     # short runs it costs points of classification (docs/EXPERIMENTS.md).
     q.HINT_WEIGHT = 1.0

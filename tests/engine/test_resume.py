@@ -32,7 +32,7 @@ def shorten(project: Project) -> Project:
     for record in content["XLEARNER"]["SOURCES"].values():
         record["TEST"] = []
     content["XLEARNER"]["PROBES"] = {}
-    content["XLEARNER"]["SQUEEZE"] |= {"SOLVER": {"MAX_ITER": STEPS}, "EMA_DECAY": 0.9, "CUTMIX": 1.0}
+    content["XLEARNER"]["SQUEEZE"] |= {"SOLVER": {"MAX_ITER": STEPS}, "EMA_DECAY": 0.9}
     content["SOLVER"] |= {"MAX_ITER": STEPS, "CHECKPOINT_PERIOD": 2}
     project.write(content)
     return project

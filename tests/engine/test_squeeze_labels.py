@@ -70,12 +70,6 @@ def test_losses_of_labels_are_logged_with_the_hints(finished: Project) -> None:
     assert last["total_loss"] == pytest.approx(sum(value for name, value in last.items() if "loss_" in name), rel=1e-4)
 
 
-def test_mixed_images_teach_something_else(finished: Project, tmp_path: Path) -> None:
-    plain = weights(finished.root / "out/student_d2.pth")
-    mixed = squeezed(finished, tmp_path, *LABELS, "XLEARNER.SQUEEZE.CUTMIX", 1.0)
-    assert not torch.equal(mixed["stem.conv1.weight"], plain["stem.conv1.weight"])
-
-
 def test_labels_reach_the_student(finished: Project, tmp_path: Path) -> None:
     labels = weights(finished.root / "out/student_d2.pth")
     for out, opts in (("hints", HINTS), ("half", (*LABELS, "XLEARNER.SQUEEZE.HINT_WEIGHT", 0.5))):
@@ -261,7 +255,6 @@ def test_ill_typed_settings_are_refused(finished: Project, key: str, value: Any,
             r"TEACHER_STAGES has res5 for res4 of the student, but the same stage or a shallower one is expected",
         ),
         (("XLEARNER.SQUEEZE.TEACHER_STAGES", ["res4", "res6"]), r"TEACHER_STAGES is 'res6'\. Did you mean"),
-        (("XLEARNER.SQUEEZE.CUTMIX", -1.0), r"CUTMIX is -1\.0, but a finite number of at least 0 is expected"),
         (("XLEARNER.SQUEEZE.EMA_DECAY", 1.0), r"EMA_DECAY is 1\.0, but 0 to below 1 is expected"),
         (
             ("XLEARNER.SQUEEZE.EMA_DECAY", 0.9, "XLEARNER.SQUEEZE.BN_RECALIBRATION_BATCHES", 0),

@@ -241,7 +241,6 @@ def build_squeeze_hook(
         hint_weight=squeeze.HINT_WEIGHT,
         task_weights=squeeze.TASK_WEIGHTS,
         own_images=squeeze.OWN_IMAGES,
-        cutmix=squeeze.CUTMIX,
         learner=learner,
     )
     if learner is None:

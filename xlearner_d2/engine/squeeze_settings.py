@@ -36,10 +36,9 @@ def check_squeeze(cfg: CfgNode) -> list[str]:
     problems += _check_hints(squeeze)
     if squeeze.PROJECTOR_LAYERS < 1:
         problems.append(f"XLEARNER.SQUEEZE.PROJECTOR_LAYERS is {squeeze.PROJECTOR_LAYERS}, but at least 1 is expected.")
-    for key in ("HINT_WEIGHT", "CUTMIX"):
-        if not 0 <= squeeze[key] < float("inf"):
-            wish = "a finite number of at least 0 is expected"
-            problems.append(f"XLEARNER.SQUEEZE.{key} is {squeeze[key]}, but {wish}.")
+    if not 0 <= squeeze.HINT_WEIGHT < float("inf"):
+        wish = "a finite number of at least 0 is expected"
+        problems.append(f"XLEARNER.SQUEEZE.HINT_WEIGHT is {squeeze.HINT_WEIGHT}, but {wish}.")
     if squeeze.HINT_WEIGHT == 0 and not squeeze.TASK_LOSSES:
         problems.append("XLEARNER.SQUEEZE.HINT_WEIGHT is 0, so the student learns nothing unless TASK_LOSSES is True.")
     for task, weight in squeeze.TASK_WEIGHTS.items():

@@ -5,13 +5,10 @@ measurements). Everything here but the student is used in training only.
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
 from typing import cast
 
-import numpy as np
 import torch
 from detectron2.layers import Conv2d, ShapeSpec, get_norm
-from timm.data.mixup import rand_bbox
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -54,22 +51,6 @@ def _projector(in_channels: int, out_channels: int, *, num_layers: int) -> nn.Mo
     return nn.Sequential(*hidden, last) if hidden else last
 
 
-def cutmix(images: Tensor, strength: float) -> Tensor:
-    """Images (N, 3, H, W) with a rectangle of another one pasted into each, in place.
-
-    Source: Yun et al., "CutMix" (2019). Branches say something new of each mixed image, so few images last longer:
-    Beyer et al., "Knowledge distillation: A good teacher is patient and consistent" (2022), who mix otherwise.
-
-    Args:
-        strength: the share of the area that is kept is drawn from Beta(strength, strength); 1 is uniform.
-    """
-    mixed = images.clone()
-    for own, other in enumerate(torch.randperm(len(images)).tolist()):
-        top, bottom, left, right = rand_bbox(images.shape, lam=np.random.beta(strength, strength))
-        mixed[own, :, top:bottom, left:right] = images[other, :, top:bottom, left:right]
-    return mixed
-
-
 class Distiller(nn.Module):
     """Trains the student to predict every branch's features, for the images of every source; no label is needed.
 
@@ -89,7 +70,6 @@ class Distiller(nn.Module):
         task_weights: by task, a factor on the hints of its branch; 1 for those that are not named. A branch whose hints
             have no weight is not asked for any.
         own_images: a branch gives hints for the images of its own task's sources alone, not for all.
-        cutmix: strength with which the images that hints are given for in training are mixed; 0 takes the step's own.
         learner: a model whose one trunk is the student, with heads that learn from the sources' labels as well; None
             leaves labels out.
     """
@@ -107,7 +87,6 @@ class Distiller(nn.Module):
         hint_weight: float = 1.0,
         task_weights: Mapping[str, float] | None = None,
         own_images: bool = False,
-        cutmix: float = 0.0,
         learner: XLearner | None = None,
     ):
         super().__init__()
@@ -118,7 +97,6 @@ class Distiller(nn.Module):
         factors = {task: hint_weight * (task_weights or {}).get(task, 1.0) for task in teacher.backbone.tasks}
         self.task_weights = {task: factor for task, factor in factors.items() if factor}
         self.own_images = own_images
-        self.cutmix = cutmix if self.task_weights else 0.0
         self.projector_layers = projector_layers
         self.stage_weights = dict(stage_weights)
         self.teacher_stages = {stage: (teacher_stages or {}).get(stage, stage) for stage in stage_weights}
@@ -166,8 +144,8 @@ class Distiller(nn.Module):
             groups = self.teacher.image_groups(batches, together=True)
             total = sum(len(group.images) for group in groups)
             for group in groups:
-                features, hinted, of_hinted = self._shown(group)
-                for task, own, targets in self._matched(hinted, of_hinted):
+                features = self.student(group.images.contiguous(memory_format=self.teacher.backbone.memory_format))
+                for task, own, targets in self._matched(group, features):
                     share = len(next(iter(own.values()))) / total
                     hints[task] += self._hint_losses(task, own, targets, weight=self.task_weights[task] * share)
                 if self.learner is not None and self.training:
@@ -175,21 +153,6 @@ class Distiller(nn.Module):
             losses = {f"loss_hint_{task}": self._total(parts) for task, parts in hints.items()}
             ordered = {name: task_losses[name] for source in batches for name in task_losses if _of(name, source)}
             return losses | ordered
-
-    def _shown(self, group: ImageGroup) -> tuple[Features, ImageGroup, Features]:
-        """The student's features of a group, the images that hints are given for, and its features of these."""
-        if not (self.cutmix and self.training):
-            features = self._features(group.images)
-            return features, group, features
-        mixed = replace(group, images=cutmix(group.images, self.cutmix))
-        if self.learner is None:
-            return {}, mixed, self._features(mixed.images)
-        # In one batch, because its statistics are those of all that the student sees.
-        both = {stage: of.chunk(2) for stage, of in self._features(torch.cat([group.images, mixed.images])).items()}
-        return {stage: own for stage, (own, _) in both.items()}, mixed, {stage: of for stage, (_, of) in both.items()}
-
-    def _features(self, images: Tensor) -> Features:
-        return self.student(images.contiguous(memory_format=self.teacher.backbone.memory_format))
 
     def _matched(self, group: ImageGroup, features: Features) -> list[tuple[str, Features, Features]]:
         """Tasks, the student's features of the images that the branch of each gives hints for, and the branch's."""
