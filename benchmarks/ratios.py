@@ -107,13 +107,12 @@ def expansion_step(args: Namespace) -> Found:
         with model.autocast(), mixed_precision(args):
             return {source: compute(of, needed[source]) for source, of in images.items()}
 
-    sent = others()
+    sent, receive = others(), backbone._received
 
     def own() -> None:
-        waiting = [sent[source] for source in batch]
-        backbone._auxiliary = lambda *_: waiting.pop(0)  # type: ignore[method-assign]
+        backbone._received = lambda *_: list(sent.values())  # type: ignore[method-assign]
         train(args, model, batch)
-        backbone._auxiliary = compute  # type: ignore[method-assign]
+        backbone._received = receive  # type: ignore[method-assign]
 
     def own_alone() -> None:
         train(args, plain, batch)

@@ -159,6 +159,28 @@ def test_forward_all_equals_each_branch(make_model, make_batches):
         assert equal(together[task], backbone(images(), task))
 
 
+def test_what_is_sent_to_several_groups_is_what_each_would_get_alone(make_model, make_batches):
+    """Features and gradients, of groups of one size, for which it is computed together, and of others."""
+    model = make_model()
+    step(model, make_batches())  # reconciliation layers have left their zeros
+    backbone, state = model.backbone.double(), state_of(model.backbone)
+    sizes = [("classification", 2, 64), ("detection", 3, 64), ("segmentation", 1, 96), ("detection", 2, 64)]
+    groups = [(torch.randn(count, 3, size, size).double(), task) for task, count, size in sizes]
+    found = []
+    for calls in ([groups], [[group] for group in groups]):
+        backbone.zero_grad()
+        features = []
+        for call in calls:
+            backbone.load_state_dict(state)  # as the running statistics are at the beginning of a step
+            of_call = backbone.forward_groups(call)
+            sum(value.square().mean() for of in of_call for value in of.values()).backward()
+            features += of_call
+        grads = {f"{name}.grad": p.grad for name, p in backbone.named_parameters()}
+        outputs = {f"{index}.{stage}": value for index, of in enumerate(features) for stage, value in of.items()}
+        found.append({**outputs, **grads})
+    torch.testing.assert_close(found[0], found[1], rtol=1e-9, atol=1e-12)
+
+
 @pytest.mark.parametrize("sharing", ["separate", "shared", "detached"])
 @pytest.mark.parametrize("deepest", ["res2", "res4", "res5"])
 def test_forward_all_ends_where_it_is_told_to(make_model, sharing, deepest):

@@ -102,6 +102,16 @@ def test_a_group_holds_each_sources_normalised_images(make_model: MakeModel, mak
             torch.testing.assert_close(image * model.pixel_std + model.pixel_mean, item["image"].float())
 
 
+def test_images_are_brought_to_the_models_device(make_model: MakeModel, make_batches: MakeBatches) -> None:
+    batches = make_batches()
+    assert make_model().with_images_here(batches) is batches
+    moved = make_model().to("meta").with_images_here(batches)
+    for source, records in batches.items():
+        for before, after in zip(records, moved[source], strict=True):
+            assert after["image"].is_meta and not before["image"].is_meta
+            assert {**after, "image": None} == {**before, "image": None}
+
+
 def test_images_of_two_sizes_are_no_group() -> None:
     with pytest.raises(RuntimeError, match=r"[Ss]izes of tensors must match"):
         ImageGroup.join({"a": torch.zeros(1, 3, 64, 64), "b": torch.zeros(1, 3, 64, 32)})

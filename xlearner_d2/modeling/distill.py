@@ -137,6 +137,7 @@ class Distiller(nn.Module):
 
     def forward(self, batches: SourceBatches) -> dict[str, Tensor]:
         """``{"loss_hint_<task>": scalar}``, averaged over the step's images, and in training the task heads' losses."""
+        batches = self.teacher.with_images_here(batches)
         with self.teacher.autocast():
             hints: dict[str, list[Tensor]] = {task: [] for task in self.projectors}
             task_losses: dict[str, Tensor] = {}

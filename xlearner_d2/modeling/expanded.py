@@ -90,6 +90,11 @@ class ExpandedBackbone(nn.Module):
         self._given: _Given | None = None
 
     @property
+    def sends_without_gradient(self) -> bool:
+        """Whether branches receive features that carry no gradient, so that one pass can serve several of them."""
+        return self.detach and len(self.reconciliation) > 0
+
+    @property
     def tasks(self) -> tuple[str, ...]:
         return tuple(self.branch_of)
 
@@ -112,6 +117,12 @@ class ExpandedBackbone(nn.Module):
         images = images.contiguous(memory_format=self.memory_format)
         name = self.branch_of[task]
         return self._main(name, images, self._auxiliary(images, self._sources_of(name)))
+
+    def forward_groups(self, groups: Sequence[tuple[Tensor, str]]) -> list[dict[str, Tensor]]:
+        """Features of several groups of normalised images, each from the branch of its task: see :meth:`forward`."""
+        names = [self.branch_of[task] for _, task in groups]
+        images = [of.contiguous(memory_format=self.memory_format) for of, _ in groups]
+        return [self._main(*group) for group in zip(names, images, self._received(names, images), strict=True)]
 
     def forward_all(
         self, images: Tensor, tasks: Iterable[str] | None = None, *, deepest: str = STAGES[-1]
@@ -172,6 +183,27 @@ class ExpandedBackbone(nn.Module):
         """Un-reconciled features of the auxiliary branches, by branch and stage."""
         with torch.set_grad_enabled(torch.is_grad_enabled() and not self.detach):
             return {name: self._plain(name, images, stage) for name, stage in deepest.items()}
+
+    def _received(self, names: Sequence[str], images: Sequence[Tensor]) -> Iterable[dict[str, Features]]:
+        """What the branches ``names``, each with its own ``images``, receive from the others.
+
+        What is sent without gradient is computed in one pass for all images of one size: with running BN statistics,
+        each image's features are the same in any company. These are the statistics as the step found them.
+        """
+        if not self.detach:
+            return (self._auxiliary(of, self._sources_of(name)) for name, of in zip(names, images, strict=True))
+        readers: dict[tuple[str, str, torch.Size], list[int]] = {}
+        for reader, (name, of) in enumerate(zip(names, images, strict=True)):
+            for source, deepest in self._sources_of(name).items():
+                readers.setdefault((source, deepest, of.shape[1:]), []).append(reader)
+        received: list[dict[str, Features]] = [{} for _ in names]
+        for (source, deepest, _), of_source in readers.items():
+            joined = torch.cat([images[reader] for reader in of_source])
+            sent = self._auxiliary(joined, {source: deepest})[source]
+            parts = {stage: of.split([len(images[reader]) for reader in of_source]) for stage, of in sent.items()}
+            for number, reader in enumerate(of_source):
+                received[reader][source] = {stage: of[number] for stage, of in parts.items()}
+        return received
 
     def _plain(self, name: str, images: Tensor, deepest: str) -> Features:
         branch = self.branch(name)

@@ -168,19 +168,23 @@ class XLearner(nn.Module):
         with self.autocast():
             if not self.training:
                 return {source: self.heads[source](inputs) for source, inputs in batches.items()}
+            batches = self.with_images_here(batches)
             losses: dict[str, Tensor] = {}
             joint = self._joint_sources(batches)
-            for group in self.image_groups({source: batches[source] for source in joint}):
-                features = self.backbone(group.images, self.task_of[next(iter(group.rows))])
-                losses |= self.head_losses(batches, group, features)
+            groups = self.image_groups({source: batches[source] for source in joint})
+            features = self.backbone.forward_groups([(of.images, self.task_of[next(iter(of.rows))]) for of in groups])
+            for group, of_group in zip(groups, features, strict=True):
+                losses |= self.head_losses(batches, group, of_group)
             for source in batches:
                 if source not in joint:
                     losses |= self._losses(source, batches[source])
             return {name: losses[name] for source in batches for name in losses if name.startswith(f"{source}/")}
 
     def _joint_sources(self, batches: SourceBatches) -> list[str]:
-        """Sources whose images go through their branch together with others'; a lone one's head calls it itself."""
+        """Sources whose images go through a branch together with others'; a lone one's head calls it itself."""
         branches = {s: self.backbone.branch_of[self.task_of[s]] for s in batches if not self._mixes(s)}
+        if self.backbone.sends_without_gradient and len(branches) > 1:
+            return list(branches)
         counts = Counter(branches.values())
         return [source for source, branch in branches.items() if counts[branch] > 1]
 
@@ -189,6 +193,19 @@ class XLearner(nn.Module):
         if self.autocast_dtype is None:
             return nullcontext()
         return torch.autocast(self.device.type, self.autocast_dtype)
+
+    def with_images_here(self, batches: SourceBatches) -> SourceBatches:
+        """The batches with their images on this model's device.
+
+        Heads of Detectron2 copy each image of a batch by itself and wait for it; images that are there already are not
+        copied, neither by a head nor twice for sources whose images are needed before their head sees them.
+        """
+        if self.device.type == "cpu":
+            return batches
+        return {
+            source: [{**x, "image": x["image"].to(self.device, non_blocking=True)} for x in inputs]
+            for source, inputs in batches.items()
+        }
 
     def image_groups(self, batches: SourceBatches, *, together: bool = False) -> list["ImageGroup"]:
         """Normalised images of the sources that go through one branch, those of one size together.
