@@ -8,6 +8,7 @@ import pytest
 import torch
 from detectron2.config import CfgNode
 from detectron2.structures import ImageList
+from detectron2.utils import comm
 from detectron2.utils.events import EventStorage
 from torch import Tensor, nn
 
@@ -74,6 +75,18 @@ def test_groups_are_those_of_a_branch(
     assert [set(group.rows) for group in groups] == expected
 
 
+def test_workers_tell_each_other_sizes_only_where_sources_share_a_branch(
+    make_model: MakeModel, make_batches: MakeBatches, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Every exchange makes each worker wait for the slowest."""
+    told: list[Any] = []
+    monkeypatch.setattr(comm, "all_gather", lambda sizes: [told.append(sizes) or sizes])
+    make_model().image_groups(make_batches())
+    assert not told
+    make_model("XLEARNER.SHARING", "shared").image_groups(make_batches())
+    assert told == [dict.fromkeys(make_batches(), (64, 64))]
+
+
 def test_groups_are_those_of_a_size(make_model: MakeModel, make_batches: MakeBatches) -> None:
     batches = make_batches()
     resized(batches, "boxes", 40, 70)  # an FPN pads to multiples of 32
@@ -108,7 +121,8 @@ def test_images_are_brought_to_the_models_device(make_model: MakeModel, make_bat
     moved = make_model().to("meta").with_images_here(batches)
     for source, records in batches.items():
         for before, after in zip(records, moved[source], strict=True):
-            assert after["image"].is_meta and not before["image"].is_meta
+            assert after["image"].is_meta
+            assert not before["image"].is_meta
             assert {**after, "image": None} == {**before, "image": None}
 
 

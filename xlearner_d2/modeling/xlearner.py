@@ -211,18 +211,21 @@ class XLearner(nn.Module):
         """Normalised images of the sources that go through one branch, those of one size together.
 
         Together, because a branch's batch statistics should be those of the mix it is used on, as its running ones are.
-        Workers form the same groups, as they exchange statistics for each of them: all of them call this together.
+        Workers form the same groups, as they exchange statistics for each of them: where sources share a branch, all of
+        them call this together.
 
         Args:
             together: all sources, whatever their branch.
         """
         images = {source: self.preprocess(source, inputs) for source, inputs in batches.items()}
+        branches = {s: None if together else self.backbone.branch_of[self.task_of[s]] for s in images}
         sizes = {source: tuple(of.shape[2:]) for source, of in images.items()}
-        everywhere = comm.all_gather(sizes) if len(images) > 1 else [sizes]
+        alone = len(set(branches.values())) == len(branches)
+        everywhere = [sizes] if alone else comm.all_gather(sizes)
         members: dict[Any, dict[str, Tensor]] = {}
         for source, of in images.items():
-            branch = None if together else self.backbone.branch_of[self.task_of[source]]
-            members.setdefault((branch, *(found[source] for found in everywhere)), {})[source] = of
+            key = (branches[source], *(found[source] for found in everywhere))
+            members.setdefault(key, {})[source] = of
         return [ImageGroup.join(of) for of in members.values()]
 
     def head_losses(
