@@ -114,9 +114,7 @@ class ExpandedBackbone(nn.Module):
         """Features of normalised images (N, 3, H, W) from the task's branch, by stage, stride as in output_shape."""
         if self._given is not None and self._given.fit(images):
             return self._given.features
-        images = images.contiguous(memory_format=self.memory_format)
-        name = self.branch_of[task]
-        return self._main(name, images, self._auxiliary(images, self._sources_of(name)))
+        return self.forward_groups([(images, task)])[0]
 
     def forward_groups(self, groups: Sequence[tuple[Tensor, str]]) -> list[dict[str, Tensor]]:
         """Features of several groups of normalised images, each from the branch of its task: see :meth:`forward`."""
@@ -198,9 +196,10 @@ class ExpandedBackbone(nn.Module):
                 readers.setdefault((source, deepest, of.shape[1:]), []).append(reader)
         received: list[dict[str, Features]] = [{} for _ in names]
         for (source, deepest, _), of_source in readers.items():
-            joined = torch.cat([images[reader] for reader in of_source])
+            given = [images[reader] for reader in of_source]
+            joined = torch.cat(given) if len(given) > 1 else given[0]
             sent = self._auxiliary(joined, {source: deepest})[source]
-            parts = {stage: of.split([len(images[reader]) for reader in of_source]) for stage, of in sent.items()}
+            parts = {stage: features.split([len(of) for of in given]) for stage, features in sent.items()}
             for number, reader in enumerate(of_source):
                 received[reader][source] = {stage: of[number] for stage, of in parts.items()}
         return received
