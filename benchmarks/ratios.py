@@ -11,7 +11,7 @@ from detectron2.engine import SimpleTrainer
 from detectron2.modeling import build_model
 from detectron2.utils.events import EventStorage
 from models import HEADS, THREE_TASKS, Batch, make_batch, make_config, make_model
-from timing import Run, in_turn, kept_bytes, ratio
+from timing import Run, in_turn, peak_bytes, ratio
 from torch import Tensor
 
 from xlearner_d2 import XLearner
@@ -36,16 +36,18 @@ def mixed_precision(args: Namespace) -> torch.autocast:
     return torch.autocast("cuda", enabled=args.amp and torch.cuda.is_available())
 
 
-def losses_of(args: Namespace, model: Any, batch: Any) -> dict[str, Tensor]:
-    """The losses of a model in training."""
-    with EventStorage(), mixed_precision(args):
-        return model(batch)
+def train(args: Namespace, model: Any, batch: Any, *, at_once: bool = False) -> None:
+    """Forward and backward pass as in training: gradients start from nothing.
 
-
-def train(args: Namespace, model: Any, batch: Any) -> None:
-    """Forward and backward pass as in training: gradients start from nothing."""
+    Args:
+        at_once: one backward pass for all branches, as of any other model of several tasks.
+    """
     model.zero_grad()
-    backward(losses_of(args, model, batch))
+    by_branch = isinstance(model, XLearner) and not at_once
+    with EventStorage(), mixed_precision(args):
+        for losses in model.losses_by_branch(batch) if by_branch else [model(batch)]:
+            with torch.autocast("cuda", enabled=False):
+                backward(losses)
 
 
 def precision(args: Namespace) -> tuple[str, bool]:
@@ -107,12 +109,12 @@ def expansion_step(args: Namespace) -> Found:
         with model.autocast(), mixed_precision(args):
             return {source: compute(of, needed[source]) for source, of in images.items()}
 
-    sent, receive = others(), backbone._received
+    sent, receive = others(), backbone.received
 
     def own() -> None:
-        backbone._received = lambda *_: list(sent.values())  # type: ignore[method-assign]
+        backbone.received = lambda *_: list(sent.values())  # type: ignore[method-assign]
         train(args, model, batch)
-        backbone._received = receive  # type: ignore[method-assign]
+        backbone.received = receive  # type: ignore[method-assign]
 
     def own_alone() -> None:
         train(args, plain, batch)
@@ -193,62 +195,43 @@ def squeeze_step(args: Namespace) -> Found:
 
 
 def memory(args: Namespace) -> Found:
-    """Bytes that a step of three tasks needs at its peak, about: weights, gradients, two averages, and what is kept.
+    """Bytes that a step of three tasks needs at its peak: weights, averages of AdamW, and what PyTorch allocates.
 
-    Against the same of separate branches. On a GPU also what PyTorch allocates at most in a step.
+    Against the same of separate branches with one backward pass for all, and with one for each branch, as here.
     """
     found = {}
     for name, heads in {"three classifiers": ("classifier",) * 3, "three kinds of heads": THREE_TASKS}.items():
-        peak = _peak(args, heads, "XLEARNER.SHARING", "separate") if torch.cuda.is_available() else 0
-        reference = _memory(args, heads, "XLEARNER.SHARING", "separate")
-        for recompute in (False, True):
-            kept, need = _memory(args, heads, "XLEARNER.RECONCILIATION.RECOMPUTE", recompute)
-            row = {
-                "ratio": round(need / reference[1], 4),
-                "ratio_kept": round(kept / reference[0], 4),
-                "mb": round(need / 1e6, 1),
-                "reference_mb": round(reference[1] / 1e6, 1),
-            }
-            if peak:
-                allocated = _peak(args, heads, "XLEARNER.RECONCILIATION.RECOMPUTE", recompute)
-                row["ratio_allocated"] = round(allocated / peak, 4)
-                row["allocated_mb"] = round(allocated / 1e6, 1)
-            found[name + (", layers run again" if recompute else "")] = row
+        separate = [_peak(args, heads, "XLEARNER.SHARING", "separate", at_once=at_once) for at_once in (True, False)]
+        peak = _peak(args, heads)
+        found[name] = {
+            "ratio": round(peak / separate[0], 4),
+            "ratio_by_branch": round(peak / separate[1], 4),
+            "mb": round(peak / 1e6, 1),
+            "reference_mb": round(separate[0] / 1e6, 1),
+        }
     return found
 
 
-def _peak(args: Namespace, heads: tuple[str, ...], *opts: Any) -> int:
-    """Bytes that PyTorch has allocated on the GPU at most in the third step of training."""
-    before = torch.cuda.memory_allocated()
+def _peak(args: Namespace, heads: tuple[str, ...], *opts: Any, at_once: bool = False) -> int:
     model = make_model(heads, *opts, *precision(args))
     batch = make_batch(model, count=args.images, size=args.size)
-    optimizer = torch.optim.AdamW(model.parameters(), fused=True)
-    for _ in range(3):
-        torch.cuda.reset_peak_memory_stats()
-        optimizer.zero_grad()
-        backward(losses_of(args, model, batch))
-        optimizer.step()
-    return torch.cuda.max_memory_allocated() - before
+    train(args, model, batch, at_once=at_once)  # chooses algorithms
+    model.zero_grad()
+    peak = peak_bytes(lambda: train(args, model, batch, at_once=at_once))
+    return peak + 12 * sum(p.numel() for p in model.parameters())
 
 
-def _memory(args: Namespace, heads: tuple[str, ...], *opts: Any) -> tuple[int, int]:
-    """Bytes kept for the backward pass, and with weights, gradients and two averages."""
-    model = make_model(heads, *opts, *precision(args))
-    batch = make_batch(model, count=args.images, size=args.size)
-    into = [part for part in model.backbone.reconciliation.values() if part.recompute]
-    again = [layer for part in into for layers in part.layers.values() for layer in layers.values()]
-    kept = kept_bytes(lambda: losses_of(args, model, batch), model, inputs_of=again)
-    return kept, kept + 16 * sum(p.numel() for p in model.parameters())
-
-
-def layers_run_again(args: Namespace) -> Found:
-    """Reconciliation layers that run again in the backward pass, against keeping what they compute."""
+def branch_by_branch(args: Namespace) -> Found:
+    """A backward pass for each branch when its losses are known, against one for all."""
     runs: dict[str, Run] = {}
-    for recompute in (True, False):
-        model = make_model(THREE_TASKS, "XLEARNER.RECONCILIATION.RECOMPUTE", recompute, *precision(args))
-        runs[str(recompute)] = _pass(args, model, make_batch(model, count=args.images, size=args.size))
+    for at_once in (False, True):
+        model = make_model(THREE_TASKS, *precision(args))
+        batch = make_batch(model, count=args.images, size=args.size)
+        runs[str(at_once)] = lambda model=model, batch=batch, at_once=at_once: train(
+            args, model, batch, at_once=at_once
+        )
     times = in_turn(runs, rounds=args.rounds, by=args.by)
-    return {"three kinds of heads": ratio(times["True"], times["False"])}
+    return {"three kinds of heads": ratio(times["False"], times["True"])}
 
 
 def compiled_step(args: Namespace) -> Found:
@@ -338,7 +321,7 @@ RATIOS: dict[str, Callable[[Namespace], Found]] = {
     "detached against bidirectional": detached_step,
     "squeeze step": squeeze_step,
     "memory": memory,
-    "layers run again": layers_run_again,
+    "branch by branch": branch_by_branch,
     "compiled step": compiled_step,
     "exported student": exported_student,
     "small maps": small_maps,

@@ -9,7 +9,7 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
 from models import make_batch, make_model
-from ratios import backward, losses_of, precision
+from ratios import precision, train
 from timing import Run, in_turn
 
 SHARINGS = ("shared", "separate", "detached", "bidirectional")
@@ -23,7 +23,7 @@ def _step(args: Namespace, sharing: str, *, tasks: int = 3, sources: int = 1, si
     options = ("XLEARNER.SHARING", sharing, *chosen, *precision(args))
     model = make_model(("classifier",) * (tasks * sources), *options)
     batch = make_batch(model, count=images or args.images, size=size or args.size)
-    return lambda: backward(losses_of(args, model, batch))
+    return lambda: train(args, model, batch)
 
 
 def _axes(args: Namespace) -> dict[str, tuple[list[int], Callable[[str, int], Run]]]:

@@ -3,7 +3,7 @@
 import os
 import platform
 import subprocess
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from time import perf_counter, process_time
 from typing import Any
@@ -80,27 +80,18 @@ def ratio(above: np.ndarray, below: np.ndarray) -> dict[str, float]:
     return {name: round(float(value), 4) for name, value in found.items()}
 
 
-def kept_bytes(run: Run, model: torch.nn.Module, *, inputs_of: Sequence[torch.nn.Module] = ()) -> int:
-    """Bytes of the distinct tensors, weights aside, that are kept for the backward pass of ``run``'s result.
-
-    Args:
-        inputs_of: modules that run again in the backward pass, whose inputs are kept without autograd's knowing.
-    """
-    kept: dict[int, int] = {}
-
-    def note(tensor: torch.Tensor) -> torch.Tensor:
-        kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
-        return tensor
-
-    handles = [module.register_forward_pre_hook(lambda _, args: (note(args[0]), None)[1]) for module in inputs_of]
-    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
-        result = run()
-    assert result is not None  # and alive until here
-    for handle in handles:
-        handle.remove()
-    for parameter in model.parameters():
-        kept.pop(parameter.untyped_storage().data_ptr(), None)
-    return sum(kept.values())
+def peak_bytes(run: Run) -> int:
+    """Bytes that PyTorch allocates for ``run`` at its peak, beyond what it had before."""
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        run()
+        return torch.cuda.max_memory_allocated() - before
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as found:
+        run()
+    events = found.profiler.kineto_results.events()
+    changes = sorted((event.start_ns(), event.nbytes()) for event in events if event.name() == "[memory]")
+    return int(np.cumsum([0, *(change for _, change in changes)]).max())
 
 
 def machine() -> dict[str, str]:

@@ -103,8 +103,6 @@ def _add_reconciliation(x: CfgNode) -> None:
     r.STAGES = ["res2", "res3", "res4"]
     # A stage receives the others' same stage and all shallower ones (True), or the same stage alone (False).
     r.CROSS_SCALE = True
-    # Run these layers again in the backward pass rather than keep what they compute: less memory, more time.
-    r.RECOMPUTE = False
 
 
 def _add_squeeze(x: CfgNode) -> None:

@@ -9,7 +9,7 @@ from detectron2.utils.events import EventStorage
 from torch import Tensor, nn
 
 from xlearner_d2.engine.norm_statistics import WorkerStatistics
-from xlearner_d2.engine.steps import NonFiniteLoss, StepTrainer, by_source
+from xlearner_d2.engine.steps import LossesByBranch, NonFiniteLoss, StepTrainer, by_source
 
 
 class Losses(nn.Module):
@@ -25,6 +25,26 @@ class Losses(nn.Module):
             raise FloatingPointError("Predicted boxes contain Inf/NaN.")
         self.norm(torch.tensor([[value] for values in batch.values() for value in values] * 2))
         return {f"{source}/loss_{n}": self.weight * value for source, of in batch.items() for n, value in enumerate(of)}
+
+
+class ApartLosses(nn.Module):
+    """Its sources learn apart: each has a weight of its own, and a part of the losses."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weights = nn.ParameterDict(
+            {source: nn.Parameter(torch.ones(())) for source in ("birds", "cells", "fixed")}
+        )
+        self.weights["fixed"].requires_grad_(False)
+        self.asked: list[tuple[str, bool]] = []
+
+    def losses_by_branch(self, batch: dict[str, list[float]]) -> Iterator[dict[str, Tensor]]:
+        for source, values in batch.items():
+            self.asked.append((source, self.weights["birds"].grad is not None))
+            yield {f"{source}/loss_{n}": self.weights[source] * value for n, value in enumerate(values)}
+
+    def forward(self, batch: dict[str, list[float]]) -> dict[str, Tensor]:
+        return {name: loss for part in self.losses_by_branch(batch) for name, loss in part.items()}
 
 
 def trainer(batches: list[Any], **options: Any) -> StepTrainer:
@@ -63,6 +83,38 @@ def test_a_scope_goes_before_every_name() -> None:
 
 def test_only_losses_of_a_source_are_summed_by_source() -> None:
     assert by_source({"loss_hint": 1.0, "a/x": 2.0, "a/y": 3.0, "b/x": 4.0}) == {"a": 5.0, "b": 4.0}
+
+
+def test_branches_learn_one_by_one_what_they_learn_at_once() -> None:
+    """One that is frozen gives its losses as well, and the next part is computed after the one before was learned."""
+    batches = [{"birds": [1.0, 2.0], "cells": [4.0], "fixed": [3.0]}, {"fixed": [2.0], "cells": [5.0], "birds": [1.0]}]
+    found = []
+    for by_branch in (False, True):
+        model = ApartLosses()
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        made = StepTrainer(LossesByBranch(model) if by_branch else model, batches, optimizer)
+        assert made.module is model
+        logs = [
+            {name: value for name, (value, _) in storage.latest().items() if not name.endswith("data_time")}
+            for storage in steps(made, 2)
+        ]
+        found.append((logs, {name: float(of.detach()) for name, of in model.weights.items()}))
+        assert model.asked[:3] == [("birds", False), ("cells", by_branch), ("fixed", by_branch)]
+    assert found[0] == found[1]
+    assert found[0][1] == pytest.approx({"birds": 0.6, "cells": 0.1, "fixed": 1.0})
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_loss_of_one_branch_that_is_not_finite_stops_before_the_optimiser(value: float) -> None:
+    model = ApartLosses()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    made = StepTrainer(LossesByBranch(model), [{"birds": [value], "cells": [2.0]}], optimizer)
+    seen: list[NonFiniteLoss] = []
+    made.on_non_finite = seen.append
+    list(steps(made, 1))
+    assert seen[0].reason == f"The loss of step 0 is not finite: birds/loss_0 is {value}."
+    assert (seen[0].losses["cells/loss_0"], seen[0].model) == (2.0, model)
+    assert all(of.item() == 1 for of in model.weights.values())
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])

@@ -5,9 +5,12 @@ import argparse
 import pytest
 import torch
 from detectron2.modeling import build_model
+from detectron2.utils.events import EventStorage
+from kept_bytes import peak_bytes
 
 from xlearner_d2.engine.plan import make_plan
 from xlearner_d2.engine.run import validate
+from xlearner_d2.engine.trainer import build_loader
 from xlearner_d2.engine.trial import expected_memory
 from xlearner_d2.specs import ConfigError
 
@@ -37,3 +40,20 @@ def test_every_parameter_of_ours_gets_a_gradient(project, monkeypatch, sharing):
     monkeypatch.setenv("DETECTRON2_DATASETS", str(project.root / "data"))
     options = argparse.Namespace(dry_run=True, resume=False, eval_only=False)
     assert "The plan" in validate(project.load("XLEARNER.SHARING", sharing), options, world_size=2)[1]
+
+
+@pytest.mark.parametrize("sharing", ["separate", "detached", "shared", "bidirectional"])
+def test_expected_memory_is_that_of_a_step(project, monkeypatch, sharing):
+    """Of one branch after another where they learn apart; a trial's two images stand for a batch, whose sizes vary."""
+    monkeypatch.setenv("DETECTRON2_DATASETS", str(project.root / "data"))
+    plan = make_plan(project.load("XLEARNER.SHARING", sharing), world_size=1)
+    model = build_model(plan.cfg)
+    expected = 1e9 * expected_memory(plan, model) - 16 * sum(p.numel() for p in model.parameters())
+    batch = next(iter(build_loader(plan, "expand")))
+
+    def step():
+        with EventStorage():
+            for losses in model.losses_by_branch(batch):
+                sum(losses.values()).backward()
+
+    assert expected == pytest.approx(peak_bytes(step, model), rel=0.25)

@@ -13,6 +13,8 @@ from detectron2.utils.events import EventStorage
 from processes import LONG, Processes
 from torch import nn
 
+from xlearner_d2 import XLearner
+from xlearner_d2.engine.steps import LossesByBranch
 from xlearner_d2.engine.trainer import distributed
 from xlearner_d2.modeling.distill import Distiller
 from xlearner_d2.modeling.expanded import TRUNK
@@ -88,13 +90,15 @@ def share(batches, rank):
 
 
 def gradients(model, batches):
-    """Of each parameter that has one, without DDP's prefix; those of an earlier call are forgotten."""
+    """Of each parameter that has one, without prefixes of wrappers; those of an earlier call are forgotten."""
     model.train()
     model.zero_grad()
     with EventStorage():
-        sum(model(batches).values()).backward()
+        losses = model(batches)
+        for part in [losses] if isinstance(losses, dict) else losses:
+            sum(part.values()).backward()
     return {
-        name.removeprefix("module."): value.grad.clone()
+        name.removeprefix("module.").removeprefix("model."): value.grad.clone()
         for name, value in model.named_parameters()
         if value.grad is not None
     }
@@ -113,7 +117,7 @@ def assert_close(found, wanted, *, tolerance=1e-6, least=0.0):
 
 
 def test_gradients_are_those_of_the_joint_batch(build, make_batches, in_two):
-    """In all four kinds of sharing, of networks of timm, and for hints and labels in the squeeze."""
+    """In all four kinds of sharing, of networks of timm, branch by branch, and for hints and labels in the squeeze."""
     batches = make_batches(count=2)
     models = {sharing: build("XLEARNER.SHARING", sharing, boxes=RPN) for sharing in SHARING}
     models["timm"] = build("MODEL.BACKBONE.TIMM", "test_convnext2", boxes=RPN)
@@ -127,7 +131,8 @@ def test_gradients_are_those_of_the_joint_batch(build, make_batches, in_two):
 
     def work(rank):
         mine = share(batches, rank)
-        return {name: gradients(distributed(model, alternating=False), mine) for name, model in models.items()}
+        learners = {name: LossesByBranch(m) if isinstance(m, XLearner) else m for name, m in models.items()}
+        return {name: gradients(distributed(model, alternating=False), mine) for name, model in learners.items()}
 
     first, second = in_two(work)
     for name in models:

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from detectron2.utils.events import EventStorage
+from kept_bytes import peak_bytes
 from torch import Tensor, nn
 
 from xlearner_d2 import XLearner
@@ -102,30 +103,40 @@ def test_without_gradient_the_others_keep_nothing(make_model: MakeModel, make_ba
     assert alone < with_layers < saved_bytes(lambda: step(both_ways, batches), both_ways)
 
 
-@pytest.mark.parametrize("sharing", ["detached", "bidirectional"])
-def test_layers_that_run_again_keep_less_and_change_nothing(
+def learn(model: XLearner, batches: dict[str, list[dict[str, Any]]], *, at_once: bool) -> None:
+    """The gradients of a step, of all branches at once or of one after another."""
+    torch.manual_seed(0)
+    model.zero_grad()
+    with EventStorage():
+        for losses in [model(batches)] if at_once else model.losses_by_branch(batches):
+            sum(losses.values(), torch.zeros(())).backward()
+
+
+@pytest.mark.parametrize("sharing", ["separate", "detached", "bidirectional", "shared"])
+def test_branch_by_branch_keeps_one_branch_and_changes_nothing(
     make_model: MakeModel, make_batches: MakeBatches, sharing: str
 ) -> None:
-    def make(recompute: bool) -> XLearner:
-        opts = ("XLEARNER.SHARING", sharing, "XLEARNER.RECONCILIATION.RECOMPUTE", recompute)
-        model = make_model(*opts, without=("boxes",))
-        for name, parameter in model.backbone.reconciliation.named_parameters():
-            if name.endswith("norm.weight"):  # zero at first, which would hide a difference
-                nn.init.ones_(parameter)
-        return model
-
-    batches, kept, found = make_batches("pics", "areas"), {}, {}
-    for recompute in (False, True):
-        model = make(recompute)
-        losses: dict[str, Tensor] = {}
-        kept[recompute] = saved_bytes(lambda model=model, losses=losses: losses | step(model, batches), model)
-        model = make(recompute)
-        sum(step(model, batches).values(), torch.zeros(())).backward()
+    """What autograd keeps at its peak: of the branches that no other's loss reaches, the one that needs most."""
+    model, batches = make_model("XLEARNER.SHARING", sharing), make_batches()
+    state = {name: value.clone() for name, value in model.state_dict().items()}
+    found, peaks = {}, {}
+    for at_once in (True, False):
+        model.load_state_dict(state)
+        peaks[at_once] = peak_bytes(lambda at_once=at_once: learn(model, batches, at_once=at_once), model)
         gradients = {f"{name}.grad": p.grad for name, p in model.named_parameters() if p.grad is not None}
-        found[recompute] = {**model.state_dict(), **gradients}
-    assert kept[True] < kept[False]
+        found[at_once] = {name: value.clone() for name, value in {**model.state_dict(), **gradients}.items()}
     assert found[True].keys() == found[False].keys()
     assert all(torch.equal(found[True][name], found[False][name]) for name in found[True])
+    alone = [peak_bytes(lambda s=s: learn(model, {s: batches[s]}, at_once=True), model) for s in batches]
+    groups = [(torch.randn(2, 3, 64, 64), task) for task in model.backbone.tasks]
+    sent = [
+        of for received in model.backbone.received(groups) for stages in received.values() for of in stages.values()
+    ]
+    if sharing in ("separate", "detached"):  # what all others receive is computed at once, before
+        assert 0.98 * max(alone) <= peaks[False] <= 1.02 * max(alone) + sum(feature.nbytes for feature in sent)
+        assert peaks[False] < 0.6 * peaks[True]
+    else:
+        assert peaks[False] == peaks[True]
 
 
 def test_a_lone_source_costs_what_its_head_costs_alone(make_model: MakeModel, make_batches: MakeBatches) -> None:

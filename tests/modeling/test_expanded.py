@@ -172,7 +172,8 @@ def test_what_is_sent_to_several_groups_is_what_each_would_get_alone(make_model,
         features = []
         for call in calls:
             backbone.load_state_dict(state)  # as the running statistics are at the beginning of a step
-            of_call = backbone.forward_groups(call)
+            received = backbone.received(call)
+            of_call = [backbone.forward_received(*group, sent) for group, sent in zip(call, received, strict=True)]
             sum(value.square().mean() for of in of_call for value in of.values()).backward()
             features += of_call
         grads = {f"{name}.grad": p.grad for name, p in backbone.named_parameters()}

@@ -124,6 +124,23 @@ def test_a_source_that_is_not_drawn_gets_no_gradient():
     assert grads["sources.a.log_variance"] is not None
 
 
+@pytest.mark.parametrize("method", METHODS)
+def test_losses_of_one_branch_after_another_are_weighed_alike(make_model, make_batches, method):
+    """Over two windows, so that DWA's weights differ as well: losses, and what the weights know after each step."""
+    found = []
+    for by_branch in (False, True):
+        torch.manual_seed(0)
+        own = make_model("XLEARNER.SHARING", "detached", without=("boxes",))
+        model = weigh_losses(own, method, {"pics": 1.0, "areas": 0.5}, temperature=2.0, window=1)
+        batches = make_batches("pics", "areas")
+        for _ in range(3):
+            with EventStorage():
+                parts = model.losses_by_branch(batches) if by_branch else [model(batches)]
+                losses = {name: loss for part in parts for name, loss in part.items()}
+            found.append(({name: loss.item() for name, loss in losses.items()}, model.weights.factors()))
+    assert found[:3] == found[3:]
+
+
 def run_dwa(model, losses):
     """Factors in each step; ``losses`` of a and b, step by step."""
     found = []

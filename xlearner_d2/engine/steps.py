@@ -1,9 +1,10 @@
 """Detectron2's trainers, with losses that are checked and logged without making the device wait."""
 
-from collections.abc import Callable, Mapping
+import functools
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -39,6 +40,24 @@ class NonFiniteLoss:
 
 def _raise(found: NonFiniteLoss) -> None:
     raise FloatingPointError(found.reason)
+
+
+class LossesByBranch(nn.Module):
+    """A model in training, which computes the losses of each branch when a trainer asks for them.
+
+    A module, so that it can be wrapped for gradient averaging: each parameter learns from one branch's losses, once.
+
+    Args:
+        model: an :class:`XLearner`, or one whose losses are weighted.
+    """
+
+    def __init__(self, model: nn.Module):
+        super().__init__()
+        self.model = model
+
+    def forward(self, batches: Any) -> Iterator[dict[str, Tensor]]:
+        """The losses of one branch after another."""
+        return cast(Any, self.model).losses_by_branch(batches)
 
 
 class _EarlyCopy:
@@ -95,12 +114,12 @@ class StepTrainer(SimpleTrainer):
     """
 
     def __init__(self, model: nn.Module, data_loader: Any, optimizer: torch.optim.Optimizer, *, scope: str = ""):
-        super().__init__(model, data_loader, optimizer)
+        super().__init__(model, data_loader, optimizer, zero_grad_before_forward=True)
         self.scope = scope
         self.on_non_finite: Callable[[NonFiniteLoss], None] = _raise
         self._group = torch.distributed.new_group(backend="gloo") if comm.get_world_size() > 1 else None
         self._batch: Any = None
-        self._losses: _EarlyCopy | None = None
+        self._losses: list[_EarlyCopy] = []
         self._logged: tuple[int, list[str], _Exchange] | None = None
         self._statistics = running_statistics(self.module)
         self._statistics_before = {name: value.clone() for name, value in self._statistics.items()}
@@ -110,7 +129,8 @@ class StepTrainer(SimpleTrainer):
     @property
     def module(self) -> Any:
         """The model, not wrapped."""
-        return self.model.module if isinstance(self.model, DistributedDataParallel) else self.model
+        model = self.model.module if isinstance(self.model, DistributedDataParallel) else self.model
+        return model.model if isinstance(model, LossesByBranch) else model
 
     def run_step(self) -> None:
         """Detectron2's step.
@@ -118,16 +138,15 @@ class StepTrainer(SimpleTrainer):
         Raises:
             FloatingPointError: or what ``on_non_finite`` raises.
         """
-        self._losses = None
+        self._losses = []
         try:
             with self._named():
                 super().run_step()
         except FloatingPointError as error:  # ours, or Detectron2's at proposals that are not finite
-            losses: dict[str, float] = {} if self._losses is None else self._losses.wait()
             self.on_non_finite(
                 NonFiniteLoss(
                     step=self.iter,
-                    losses=losses,
+                    losses=self._waited(),
                     reason=str(error),
                     batch=self._batch,
                     model=self.module,
@@ -143,16 +162,36 @@ class StepTrainer(SimpleTrainer):
         self._batch = args[0]
         copy_statistics(self._statistics, self._statistics_before)
 
-    def _after_forward(self, module: nn.Module, _args: tuple[Any, ...], losses: Any) -> None:
-        if module.training:
-            self._losses = _EarlyCopy(losses if isinstance(losses, dict) else {"total_loss": losses})
+    def _after_forward(self, module: nn.Module, _args: tuple[Any, ...], losses: Any) -> Tensor | None:
+        if not module.training:
+            return None
+        if isinstance(losses, Iterator):
+            return self._learn_one_by_one(losses)
+        self._losses.append(_EarlyCopy(losses if isinstance(losses, dict) else {"total_loss": losses}))
+        return None
+
+    def _learn_one_by_one(self, parts: Iterator[dict[str, Tensor]]) -> Tensor:
+        """Learn from each part of the losses before the next one is computed; return what is left to learn from."""
+        total = torch.zeros(())
+        for losses in parts:
+            self._losses.append(_EarlyCopy(losses))
+            total = functools.reduce(torch.add, losses.values())
+            if total.requires_grad:
+                self._backward(total)
+        return total.detach().requires_grad_()  # a leaf: Detectron2's own backward pass ends there
+
+    def _backward(self, loss: Tensor) -> None:
+        loss.backward()
+
+    def _waited(self) -> dict[str, float]:
+        """The losses of this step, by name."""
+        return {name: value for copy in self._losses for name, value in copy.wait().items()}
 
     def _write_metrics(
         self, loss_dict: Mapping[str, Tensor], data_time: float, prefix: str = "", iter: int | None = None
     ) -> None:
         """Check the losses of this step and hand them over to be logged; called after the backward pass was queued."""
-        assert self._losses is not None
-        losses = self._losses.wait()
+        losses = self._waited()
         wrong = {name: value for name, value in losses.items() if not np.isfinite(value)}
         if wrong:
             listed = ", ".join(f"{name} is {value}" for name, value in wrong.items())
@@ -196,6 +235,10 @@ class StepTrainer(SimpleTrainer):
 
 class AMPStepTrainer(StepTrainer, AMPTrainer):
     """The same with mixed precision and loss scaling on a GPU."""
+
+    def _backward(self, loss: Tensor) -> None:
+        with torch.autocast(loss.device.type, enabled=False):  # Detectron2 calls the model, but not this, with it
+            self.grad_scaler.scale(loss).backward()
 
 
 def running_statistics(model: nn.Module) -> dict[str, Tensor]:

@@ -32,7 +32,7 @@ from .growth import grow
 from .norm_statistics import WorkerStatistics, share_norm_statistics
 from .optimizer import make_optimizer
 from .plan import EXPANDED_FILE, Plan
-from .steps import AMPStepTrainer, StepTrainer
+from .steps import AMPStepTrainer, LossesByBranch, StepTrainer
 from .stopping import stopping_when_full
 from .watch import Watch, make_writers
 from .workers import patient_group, wait_for_all
@@ -183,7 +183,9 @@ def expand(plan: Plan, *, resume_run: bool) -> XLearner:
         with stopping_when_full():
             return evaluate_sources(model, plan)
 
-    trainer = build_step_trainer(cfg, weighed, latest, optimizer)
+    # Alternating steps have one branch each, and DDP looks in their losses for the parameters that they leave out.
+    learner = weighed if cfg.XLEARNER.STEPS == "alternating" else LossesByBranch(weighed)
+    trainer = build_step_trainer(cfg, learner, latest, optimizer)
     trainer.on_non_finite = stop_at_failure(plan, "expand", {"expand": weighed})
     squeezing = _online_squeeze(plan, model, latest)
     trainer.register_hooks(

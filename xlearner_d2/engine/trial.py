@@ -1,6 +1,6 @@
 """A trial of each source before a run: two of its images through its head, to see that they fit and what they keep."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -27,7 +27,8 @@ def expected_memory(plan: Plan, model: XLearner) -> float:
         ConfigError: with every source whose images its head cannot learn from.
     """
     problems: list[str] = []
-    steps: list[float] = []
+    kept: dict[str, float] = {}
+    received: dict[str, float] = {}
     trained = _BYTES_PER_PARAMETER[plan.cfg.SOLVER.OPTIMIZER]
     fixed = sum(p.numel() * (trained if p.requires_grad else 4) for p in model.parameters())
     learning: set[Tensor] = set()
@@ -36,21 +37,35 @@ def expected_memory(plan: Plan, model: XLearner) -> float:
     for source in drawn.sources:
         try:
             images = _images(plan, source)
-            kept, losses = _kept_bytes(model, source.name, images)
+            found, losses = _kept_bytes(model, source.name, images)
+            times = (source.ims_per_batch // plan.world_size) / len(images)
+            kept[source.name], received[source.name] = (
+                found * times,
+                _received_bytes(model, source.name, images) * times,
+            )
             learning |= _leaves_of(losses)
         except ConfigError as error:
             problems += [f"XLEARNER.SOURCES.{source.name}: {problem}" for problem in error.problems]
             continue
         except Exception as error:  # whatever a third party's head raises
             problems.append(f"XLEARNER.SOURCES.{source.name}: a trial step with {source.config} failed: {error!r}")
-            continue
-        steps.append(kept * (source.ims_per_batch // plan.world_size) / len(images))
     several = plan.world_size > 1 and not drawn.turns  # else they are looked for in every step
     if not problems and several and plan.stages[0] == "expand":
         problems = _check_gradients(model, learning)
     if problems:
         raise ConfigError(problems)
-    return (fixed + (max(steps) if drawn.turns else sum(steps))) / 1e9
+    return (fixed + (max(kept.values()) if drawn.turns else _kept_at_most(model, kept, received))) / 1e9
+
+
+def _kept_at_most(model: XLearner, kept: Mapping[str, float], received: Mapping[str, float]) -> float:
+    """In a step of all sources: branches that learn apart do so one after another, when all have received."""
+    if not model.backbone.learn_apart:
+        return sum(kept.values())
+    branches: dict[str, float] = {}
+    for source, own in kept.items():  # which has what it received in it
+        branch = model.backbone.branch_of[model.task_of[source]]
+        branches[branch] = branches.get(branch, 0.0) + own - received[source]
+    return max(branches.values()) + sum(received.values())
 
 
 def _check_gradients(model: XLearner, learning: set[Tensor]) -> list[str]:
@@ -82,6 +97,14 @@ def _images(plan: Plan, source: SourceSpec) -> list[dict[str, Any]]:
     mapper = SourceMapper(source.name, build_mapper(plan.heads[source.name], is_train=True))
     records = plan.data[source.name].train
     return [mapper(records[number % len(records)], seed=number) for number in range(_NUM_IMAGES)]
+
+
+@torch.no_grad()
+def _received_bytes(model: XLearner, source: str, images: list[dict[str, Any]]) -> int:
+    """Bytes of the features that a source's branch receives."""
+    with model.autocast():
+        (received,) = model.backbone.received([(model.preprocess(source, images), model.task_of[source])])
+    return sum(feature.nbytes for features in received.values() for feature in features.values())
 
 
 def _kept_bytes(model: XLearner, source: str, images: list[dict[str, Any]]) -> tuple[int, list[Tensor]]:

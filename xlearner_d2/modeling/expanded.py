@@ -95,6 +95,11 @@ class ExpandedBackbone(nn.Module):
         return self.detach and len(self.reconciliation) > 0
 
     @property
+    def learn_apart(self) -> bool:
+        """Whether no loss reaches more than one branch, so that each can learn by itself."""
+        return self.detach or len(self.reconciliation) == 0
+
+    @property
     def tasks(self) -> tuple[str, ...]:
         return tuple(self.branch_of)
 
@@ -114,13 +119,35 @@ class ExpandedBackbone(nn.Module):
         """Features of normalised images (N, 3, H, W) from the task's branch, by stage, stride as in output_shape."""
         if self._given is not None and self._given.fit(images):
             return self._given.features
-        return self.forward_groups([(images, task)])[0]
+        return self.forward_received(images, task, *self.received([(images, task)]))
 
-    def forward_groups(self, groups: Sequence[tuple[Tensor, str]]) -> list[dict[str, Tensor]]:
-        """Features of several groups of normalised images, each from the branch of its task: see :meth:`forward`."""
+    def forward_received(self, images: Tensor, task: str, received: Mapping[str, Features]) -> dict[str, Tensor]:
+        """The same, given what the branch receives for these images: see :meth:`received`."""
+        return self._main(self.branch_of[task], images.contiguous(memory_format=self.memory_format), received)
+
+    def received(self, groups: Sequence[tuple[Tensor, str]]) -> list[dict[str, Features]]:
+        """What the branches of several groups of images, each with its task, receive from the others: by branch.
+
+        What is sent without gradient is computed in one pass for all images of one size: with running BN statistics,
+        each image's features are the same in any company. These are the statistics as the step found them.
+        """
         names = [self.branch_of[task] for _, task in groups]
         images = [of.contiguous(memory_format=self.memory_format) for of, _ in groups]
-        return [self._main(*group) for group in zip(names, images, self._received(names, images), strict=True)]
+        if not self.detach:
+            return [self._auxiliary(of, self._sources_of(name)) for name, of in zip(names, images, strict=True)]
+        readers: dict[tuple[str, str, torch.Size], list[int]] = {}
+        for reader, (name, of) in enumerate(zip(names, images, strict=True)):
+            for source, deepest in self._sources_of(name).items():
+                readers.setdefault((source, deepest, of.shape[1:]), []).append(reader)
+        received: list[dict[str, Features]] = [{} for _ in names]
+        for (source, deepest, _), of_source in readers.items():
+            given = [images[reader] for reader in of_source]
+            joined = torch.cat(given) if len(given) > 1 else given[0]
+            sent = self._auxiliary(joined, {source: deepest})[source]
+            parts = {stage: features.split([len(of) for of in given]) for stage, features in sent.items()}
+            for number, reader in enumerate(of_source):
+                received[reader][source] = {stage: of[number] for stage, of in parts.items()}
+        return received
 
     def forward_all(
         self, images: Tensor, tasks: Iterable[str] | None = None, *, deepest: str = STAGES[-1]
@@ -181,28 +208,6 @@ class ExpandedBackbone(nn.Module):
         """Un-reconciled features of the auxiliary branches, by branch and stage."""
         with torch.set_grad_enabled(torch.is_grad_enabled() and not self.detach):
             return {name: self._plain(name, images, stage) for name, stage in deepest.items()}
-
-    def _received(self, names: Sequence[str], images: Sequence[Tensor]) -> Iterable[dict[str, Features]]:
-        """What the branches ``names``, each with its own ``images``, receive from the others.
-
-        What is sent without gradient is computed in one pass for all images of one size: with running BN statistics,
-        each image's features are the same in any company. These are the statistics as the step found them.
-        """
-        if not self.detach:
-            return (self._auxiliary(of, self._sources_of(name)) for name, of in zip(names, images, strict=True))
-        readers: dict[tuple[str, str, torch.Size], list[int]] = {}
-        for reader, (name, of) in enumerate(zip(names, images, strict=True)):
-            for source, deepest in self._sources_of(name).items():
-                readers.setdefault((source, deepest, of.shape[1:]), []).append(reader)
-        received: list[dict[str, Features]] = [{} for _ in names]
-        for (source, deepest, _), of_source in readers.items():
-            given = [images[reader] for reader in of_source]
-            joined = torch.cat(given) if len(given) > 1 else given[0]
-            sent = self._auxiliary(joined, {source: deepest})[source]
-            parts = {stage: features.split([len(of) for of in given]) for stage, features in sent.items()}
-            for number, reader in enumerate(of_source):
-                received[reader][source] = {stage: of[number] for stage, of in parts.items()}
-        return received
 
     def _plain(self, name: str, images: Tensor, deepest: str) -> Features:
         branch = self.branch(name)
@@ -288,7 +293,6 @@ def _build_reconciliation(cfg: CfgNode, branches: Mapping[str, Branch]) -> dict[
             stages=cfg.XLEARNER.RECONCILIATION.STAGES,
             cross_scale=cfg.XLEARNER.RECONCILIATION.CROSS_SCALE,
             norm="BN" if norm == "FrozenBN" else norm,
-            recompute=cfg.XLEARNER.RECONCILIATION.RECOMPUTE,
         )
         for name, branch in branches.items()
     }

@@ -7,15 +7,12 @@ gradient could pass a chain longer than one.
 """
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Mapping, Sequence
 from typing import cast
 
 from detectron2.layers import Conv2d, FrozenBatchNorm2d, ShapeSpec, get_norm
 from fvcore.nn import weight_init
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
-from torch.utils.checkpoint import checkpoint
 
 #: stage name -> features (N, C, H, W)
 Features = Mapping[str, Tensor]
@@ -53,23 +50,6 @@ class ReconciliationLayer(nn.Sequential):
         nn.init.zeros_(layer.norm.weight)
 
 
-@contextmanager
-def _statistics_kept(module: nn.Module) -> Iterator[None]:
-    """Batch norm in training, without counting the batch in its running statistics.
-
-    It weighs nothing in their averages, rather than these being left out, as autograd keeps track of them, too.
-    """
-    norms = [child for child in module.modules() if isinstance(child, _BatchNorm)]
-    before = [(norm.momentum, norm.num_batches_tracked) for norm in norms]
-    for norm in norms:
-        norm.momentum, norm.num_batches_tracked = 0.0, None
-    try:
-        yield
-    finally:
-        for norm, (momentum, count) in zip(norms, before, strict=True):
-            norm.momentum, norm.num_batches_tracked = momentum, count
-
-
 class Reconciliation(nn.Module):
     """All layers that lead into one branch.
 
@@ -79,8 +59,6 @@ class Reconciliation(nn.Module):
         stages: receiving stages; those that the branch or the auxiliary one lacks are left out.
         cross_scale: a stage receives the same and all shallower auxiliary stages, not the same one alone.
         norm: see :class:`ReconciliationLayer`.
-        recompute: run the layers again in the backward pass rather than keep what they compute in between; the same
-            numbers for less memory and more time.
     """
 
     def __init__(
@@ -91,10 +69,8 @@ class Reconciliation(nn.Module):
         stages: Sequence[str],
         cross_scale: bool = True,
         norm: str = "BN",
-        recompute: bool = False,
     ):
         super().__init__()
-        self.recompute = recompute
         self.layers = nn.ModuleDict()
         for name, aux in aux_shapes.items():
             self.layers[name] = nn.ModuleDict(
@@ -144,15 +120,5 @@ class Reconciliation(nn.Module):
             aux: by branch name, the auxiliary features of the same images.
         """
         for name, source, layer in self._into(stage):
-            features = features + self._run(layer, aux[name][source])
+            features = features + layer(aux[name][source])
         return features
-
-    def _run(self, layer: nn.Module, received: Tensor) -> Tensor:
-        if not (self.recompute and self.training):
-            return cast(Tensor, layer(received))
-
-        def contexts() -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
-            return nullcontext(), _statistics_kept(layer)  # of the pass itself, and of its repetition
-
-        found = checkpoint(layer, received, use_reentrant=False, context_fn=contexts, preserve_rng_state=False)
-        return cast(Tensor, found)

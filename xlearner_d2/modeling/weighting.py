@@ -4,7 +4,7 @@ Both wrap the model that is trained and multiply the losses it returns, so gradi
 training are those of any other model. Weights start as ``LOSS_WEIGHT`` of each source says.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, cast
 
 import torch
@@ -163,10 +163,23 @@ class WeightedLosses(nn.Module):
         losses = self.model(batches)
         if not self.training:
             return losses
-        weighted: Losses = dict(losses)
-        for source in batches:
-            weighted |= self.weights(of_source(losses, source), source)
+        weighted = self._weigh(losses, batches)
         self.weights.end_step(losses)
+        return weighted
+
+    def losses_by_branch(self, batches: Mapping[str, list[dict[str, Any]]]) -> Iterator[Losses]:
+        """The model's, see :meth:`XLearner.losses_by_branch`, those of each source weighted."""
+        found: Losses = {}
+        for losses in cast(Any, self.model).losses_by_branch(batches):
+            yield self._weigh(losses, batches)
+            found |= {name: loss.detach() for name, loss in losses.items()}
+        self.weights.end_step(found)
+
+    def _weigh(self, losses: Losses, sources: Iterable[str]) -> Losses:
+        weighted = dict(losses)
+        for source in sources:
+            if own := of_source(losses, source):
+                weighted |= self.weights(own, source)
         return weighted
 
 

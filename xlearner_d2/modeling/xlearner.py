@@ -1,7 +1,7 @@
 """The meta-architecture: an expanded backbone and one head per source."""
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -165,20 +165,36 @@ class XLearner(nn.Module):
 
         Every source that is given contributes the same keys in every call, as distributed logging needs.
         """
-        with self.autocast():
-            if not self.training:
+        if not self.training:
+            with self.autocast():
                 return {source: self.heads[source](inputs) for source, inputs in batches.items()}
+        losses = {name: loss for part in self.losses_by_branch(batches) for name, loss in part.items()}
+        return {name: losses[name] for source in batches for name in losses if name.startswith(f"{source}/")}
+
+    def losses_by_branch(self, batches: SourceBatches) -> Iterator[dict[str, Tensor]]:
+        """The losses of training, those of one branch after another; of all at once where a loss reaches several.
+
+        Each branch runs when its losses are asked for. A trainer that learns from them before it asks for the next ones
+        keeps what one branch needs for its backward pass, not what all do.
+        """
+        with self.autocast():
             batches = self.with_images_here(batches)
-            losses: dict[str, Tensor] = {}
             joint = self._joint_sources(batches)
             groups = self.image_groups({source: batches[source] for source in joint})
-            features = self.backbone.forward_groups([(of.images, self.task_of[next(iter(of.rows))]) for of in groups])
-            for group, of_group in zip(groups, features, strict=True):
-                losses |= self.head_losses(batches, group, of_group)
-            for source in batches:
-                if source not in joint:
-                    losses |= self._losses(source, batches[source])
-            return {name: losses[name] for source in batches for name in losses if name.startswith(f"{source}/")}
+            tasks = [self.task_of[next(iter(group.rows))] for group in groups]
+            received = self.backbone.received([(group.images, task) for group, task in zip(groups, tasks, strict=True)])
+        names = tuple(dict.fromkeys(self.backbone.branch_of[self.task_of[source]] for source in batches))
+        for part in [(name,) for name in names] if self.backbone.learn_apart else [names]:
+            losses: dict[str, Tensor] = {}
+            with self.autocast():
+                for group, task, sent in zip(groups, tasks, received, strict=True):
+                    if self.backbone.branch_of[task] in part:
+                        features = self.backbone.forward_received(group.images, task, sent)
+                        losses |= self.head_losses(batches, group, features)
+                for source in batches:
+                    if source not in joint and self.backbone.branch_of[self.task_of[source]] in part:
+                        losses |= self._losses(source, batches[source])
+            yield losses
 
     def _joint_sources(self, batches: SourceBatches) -> list[str]:
         """Sources whose images go through a branch together with others'; a lone one's head calls it itself."""
