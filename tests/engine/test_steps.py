@@ -9,7 +9,7 @@ from detectron2.utils.events import EventStorage
 from torch import Tensor, nn
 
 from xlearner_d2.engine.norm_statistics import WorkerStatistics
-from xlearner_d2.engine.steps import LossesByBranch, NonFiniteLoss, StepTrainer, by_source
+from xlearner_d2.engine.steps import AMPStepTrainer, LossesByBranch, NonFiniteLoss, StepTrainer, by_source
 
 
 class Losses(nn.Module):
@@ -102,6 +102,19 @@ def test_branches_learn_one_by_one_what_they_learn_at_once() -> None:
         assert model.asked[:3] == [("birds", False), ("cells", by_branch), ("fixed", by_branch)]
     assert found[0] == found[1]
     assert found[0][1] == pytest.approx({"birds": 0.6, "cells": 0.1, "fixed": 1.0})
+
+
+@pytest.mark.filterwarnings("ignore:.*GradScaler")  # of Detectron2's, which is replaced here
+def test_each_branch_learns_from_its_scaled_loss_outside_of_mixed_precision() -> None:
+    model = ApartLosses()
+    made = AMPStepTrainer(LossesByBranch(model), [], torch.optim.SGD(model.parameters(), lr=0.1))
+    made.grad_scaler = torch.amp.GradScaler("cpu", init_scale=8.0)
+    seen: list[bool] = []
+    model.weights["cells"].register_hook(lambda _: seen.append(torch.is_autocast_enabled("cpu")))
+    with torch.autocast("cpu", torch.bfloat16):  # as Detectron2 calls the model
+        made.model({"birds": [1.0, 2.0], "cells": [4.0]})
+    assert (model.weights["birds"].grad, model.weights["cells"].grad) == (24.0, 32.0)
+    assert seen == [False]
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
