@@ -12,7 +12,7 @@ help:
 	@echo "make docs    set up, build the documentation into build/site"
 	@echo "make docs-check  set up, run the commands of the documentation on small data"
 	@echo "make setup   set up .venv only"
-	@echo "make clean   remove .venv, data and outputs that the targets above made"
+	@echo "make clean   remove what the targets above made: .venv, datasets/openmoji, output/openmoji, build/site"
 
 setup:
 	@$(PYTHON) tools/bootstrap.py --venv $(VENV)
@@ -41,4 +41,4 @@ docs-check: setup
 	OMP_NUM_THREADS=1 $(RUN) tools/docs_commands.py
 
 clean:
-	rm -rf $(VENV) datasets/openmoji output
+	rm -rf $(VENV) datasets/openmoji output/openmoji build/site

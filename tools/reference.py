@@ -139,7 +139,8 @@ def configs_page() -> str:
     parts = [
         "# Shipped configs",
         WRITTEN.format("the header of a config"),
-        "`_BASE_: configs/base.yaml` is the start of a config of yours.",
+        "`_BASE_: configs/base.yaml` is the start of a config of yours in the project's folder; elsewhere, its path "
+        "starts at your config.",
     ]
     titles = {
         ".": "Common",

@@ -158,7 +158,7 @@ class ProbeSpec:
 
     Attributes:
         name: for tables.
-        train, test: names of registered classification data sets.
+        train, test: each the name of one registered data set of image classes, not a list.
         image_size: side in pixels of the square the images are cropped to.
     """
 

@@ -92,6 +92,12 @@ def dilated_neighbour(project):
     project.write(project.content)
 
 
+def two_strides_of_res5(project):
+    """The dilated head with a branch of its own, which the expansion can train but the student cannot have as well."""
+    dilated_neighbour(project)
+    set_source(project, "dilated", TASK="dense")
+
+
 CASES = {
     "annotation that Pascal VOC's evaluation cannot read": (
         voc_without_what_its_evaluation_reads,
@@ -143,6 +149,10 @@ CASES = {
     "mismatching strides": (
         dilated_neighbour,
         r"heads of task 'detection' want different strides of res5 \(boxes has stride 32, dilated has stride 16\)",
+    ),
+    "two strides of the student's res5": (
+        two_strides_of_res5,
+        r"The student has one res5, .* \(.*dense has stride 16.*\): .* XLEARNER\.SQUEEZE\.TASK_LOSSES to False",
     ),
     "unknown key": (
         lambda p: set_source(p, "pics", IMS_PER_BACH=4),

@@ -90,7 +90,8 @@ def make_project(root: Path, patch: pytest.MonkeyPatch) -> Project:
     content = project.content["XLEARNER"]
     names = ("point_rend", "deeplab", "panoptic_deeplab")
     content["IMPORTS"] = [*(f"detectron2.projects.{name}" for name in names), "their_project"]
-    content["SOURCES"], content["PROBES"], content["STAGE"] = sources(), {}, "expand"
+    content["SOURCES"], content["PROBES"] = sources(), {}
+    content["SQUEEZE"] |= {"TASK_LOSSES": False}  # heads of two strides of res5
     content["SOURCES"]["light"]["CONFIG"] = str(root / "head.yaml")
     project.write(project.content)
     return project

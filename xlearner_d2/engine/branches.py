@@ -159,6 +159,8 @@ def is_expanded(path: str) -> bool:
 
 def _check_student(cfg: CfgNode, tasks: Sequence[TaskSpec], branches: Mapping[str, Branch]) -> list[str]:
     """Found now, as the student is built after hours of expansion."""
+    if problem := _two_res5(cfg, tasks):
+        return [problem]
     start, names = cfg.XLEARNER.SQUEEZE.INIT, [task.name for task in tasks]
     if start not in names and not _is_start(start):
         return [f"XLEARNER.SQUEEZE.INIT is {start!r}, no task and no file.{nearest(start, [*names, RANDOM])}"]
@@ -174,6 +176,21 @@ def _check_student(cfg: CfgNode, tasks: Sequence[TaskSpec], branches: Mapping[st
     return [
         f"XLEARNER.SQUEEZE.INIT is {start!r}, but the student is {got}, and that branch is {has}: set it to random."
     ]
+
+
+def _two_res5(cfg: CfgNode, tasks: Sequence[TaskSpec]) -> str:
+    """Branches may differ in the stride of res5; heads that share a trunk cannot, as all of the student's do."""
+    squeeze, shared = cfg.XLEARNER.SQUEEZE, cfg.XLEARNER.SHARING == "shared"
+    squeezed = squeeze.TASK_LOSSES and (cfg.XLEARNER.STAGE != "expand" or squeeze.ONLINE)
+    strides = {task.name: 32 // task.res5_dilation for task in tasks if STAGES[-1] in task.out_features}
+    if len(set(strides.values())) < 2 or not (shared or squeezed):
+        return ""
+    listed = ", ".join(f"{name} has stride {stride}" for name, stride in strides.items())
+    cure = "" if shared else ", or XLEARNER.SQUEEZE.TASK_LOSSES to False"
+    return (
+        f"The {'trunk' if shared else 'student'} has one res5, but the heads of the tasks want different strides of it "
+        f"({listed}): set MODEL.RESNETS.RES5_DILATION alike in the OPTS of their sources{cure}."
+    )
 
 
 def shapes(network: torch.nn.Module) -> dict[str, torch.Size]:

@@ -284,7 +284,8 @@ def squeeze(plan: Plan, *, resume_run: bool) -> None:
         return
     seed_all_rng(max(plan.cfg.SEED, 0))
     teacher = load_teacher(plan)
-    max_iter = squeeze_config(plan.cfg).SOLVER.MAX_ITER
+    cfg = squeeze_config(plan.cfg)
+    max_iter = cfg.SOLVER.MAX_ITER
     loader = build_loader(plan, "squeeze")
     hook = build_squeeze_hook(plan, teacher, loader, max_iter=max_iter)
     trainer = HookTrainer()
@@ -293,7 +294,7 @@ def squeeze(plan: Plan, *, resume_run: bool) -> None:
     checkpointer = TrainingCheckpointer(
         hook.distiller.student, str(folder), group=patient_group(), trainer=trainer, worker_statistics=statistics
     )
-    trainer.register_hooks(stage_hooks(plan.cfg, checkpointer, folder, max_iter=max_iter, trainers=[hook.inner]))
+    trainer.register_hooks(stage_hooks(cfg, checkpointer, folder, max_iter=max_iter, trainers=[hook.inner]))
     start = resume(trainer, checkpointer, wanted=resume_run)
     start_at(loader, start)
     trainer.train(start, max_iter)
