@@ -1,5 +1,6 @@
 """A loss that is not finite stops either stage, leaves the step in a file, and can be run again from it."""
 
+import dataclasses
 import runpy
 import sys
 from pathlib import Path
@@ -16,6 +17,7 @@ from xlearner_d2.engine.failure import guilty_sources, read_failure
 from xlearner_d2.engine.replay import replay
 from xlearner_d2.engine.steps import NonFiniteLoss, running_statistics
 from xlearner_d2.engine.stopping import RunStopped
+from xlearner_d2.specs import ConfigError
 
 ROOT = Path(__file__).resolve().parents[2]
 STEPS = 4
@@ -81,6 +83,8 @@ def test_a_failed_step_is_kept_and_fails_again(
     assert "areas/loss_sem_seg" in text.split("Not finite:")[1]
     assert "stem.conv1" in text.split("begins in")[1]
     assert "areas/images/" in text
+    with pytest.raises(ConfigError, match=r"is of another version.*XLEARNER\.OLD"):
+        replay(dataclasses.replace(failure, config=failure.config.replace("XLEARNER:\n", "XLEARNER:\n  OLD: 1\n", 1)))
     saved = read_checkpoint(out / f"{stage}/model_0000000.pth")["model"]
     kept = failure.models["expand" if stage == "expand" else "squeeze"]
     prefix = "" if stage == "expand" else "student."

@@ -11,6 +11,7 @@ from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.modeling import build_model
 
 from xlearner_d2.checkpoint.load import read_checkpoint
+from xlearner_d2.engine.steps import StepTrainer
 from xlearner_d2.specs import ConfigError
 
 
@@ -148,13 +149,26 @@ def test_where_the_student_starts(project, first, opts, start):
             torch.testing.assert_close(value, expanded[f"backbone.branches.{start}.{name}"], rtol=0, atol=1e-9)
 
 
+@pytest.mark.parametrize(
+    ("opts", "passes"),
+    [([], 3), (["XLEARNER.SHARING", "bidirectional"], 1), (["XLEARNER.STEPS", "alternating"], 0)],
+    ids=["detached", "bidirectional", "alternating"],
+)
+def test_branches_learn_one_after_another(project, monkeypatch, opts, passes):
+    """Where no loss reaches two of them: a backward pass for each, before that of Detectron2's step."""
+    seen = []
+    monkeypatch.setattr(StepTrainer, "_backward", lambda _, loss: (seen.append(loss), loss.backward()))
+    without_extras(project).run("XLEARNER.STAGE", "expand", "SOLVER.MAX_ITER", 2, *opts)
+    assert len(seen) == 2 * passes
+
+
 def test_dry_run_tells_the_plan_and_writes_nothing(project):
     plan = project.dry_run()
     for pattern in (
         r"expand for 2 steps, then squeeze for 2 steps",
         r"boxes\s+detection\s+8\s+8\s+3\s+2\s+0\.5",
         r"detection\s+boxes\s+ResNet-50\s+res2, res3, res4, res5\s+res2, res3, res4",
-        r"Expected memory of a training step: about 0\.\d GB a worker",
+        r"Expected memory of a training step: about 0\.\d GB to expand, 0\.\d GB to squeeze a worker",
     ):
         assert re.search(pattern, plan), pattern
     assert not (project.root / "out").exists()

@@ -10,6 +10,7 @@ from kept_bytes import peak_bytes
 
 from xlearner_d2.engine.plan import make_plan
 from xlearner_d2.engine.run import validate
+from xlearner_d2.engine.squeeze import build_squeeze_hook
 from xlearner_d2.engine.trainer import build_loader
 from xlearner_d2.engine.trial import expected_memory
 from xlearner_d2.specs import ConfigError
@@ -27,12 +28,12 @@ def test_parameters_without_gradient_are_refused_where_workers_wait_for_them(pla
     model = build_model(plan.cfg)
     model.heads["pics"].register_parameter("idle", torch.nn.Parameter(torch.zeros(3)))
     if workers == 1:
-        assert expected_memory(plan, model) > 0
+        assert all(size > 0 for size in expected_memory(plan, model).values())
         return
     with pytest.raises(ConfigError, match=r"heads.pics: heads.pics.idle and perhaps others get no gradient"):
         expected_memory(plan, model)
     model.heads["pics"].idle.requires_grad_(False)
-    assert expected_memory(plan, model) > 0
+    assert all(size > 0 for size in expected_memory(plan, model).values())
 
 
 @pytest.mark.parametrize("sharing", ["separate", "shared", "bidirectional"])
@@ -48,12 +49,23 @@ def test_expected_memory_is_that_of_a_step(project, monkeypatch, sharing):
     monkeypatch.setenv("DETECTRON2_DATASETS", str(project.root / "data"))
     plan = make_plan(project.load("XLEARNER.SHARING", sharing), world_size=1)
     model = build_model(plan.cfg)
-    expected = 1e9 * expected_memory(plan, model) - 16 * sum(p.numel() for p in model.parameters())
+    expected = expected_memory(plan, model)
     batch = next(iter(build_loader(plan, "expand")))
 
-    def step():
+    def expand():
         with EventStorage():
             for losses in model.losses_by_branch(batch):
                 sum(losses.values()).backward()
 
-    assert expected == pytest.approx(peak_bytes(step, model), rel=0.25)
+    weights = sum(p.numel() for p in model.parameters())
+    assert 1e9 * expected["expand"] - 16 * weights == pytest.approx(peak_bytes(expand, model), rel=0.25)
+
+    distiller = build_squeeze_hook(plan, model.freeze(), [], max_iter=1).inner.module
+    student = sum(p.numel() for p in distiller.parameters())
+    least = 4 * weights + 16 * student
+
+    def squeeze():
+        with EventStorage():
+            sum(distiller(batch).values()).backward()
+
+    assert 0.9 < 1e9 * expected["squeeze"] / (least + peak_bytes(squeeze, distiller)) < 1.4

@@ -153,8 +153,9 @@ def test_synchronised_norm_layers_see_the_joint_batch(build, make_batches, in_tw
     batches = make_batches(count=4)
     model = build(boxes=RPN, norm="naiveSyncBN")
     alone = copy.deepcopy(model)
+    learner = LossesByBranch(model)  # a branch's reductions come between the exchanges of two others
     first, second = in_two(
-        lambda rank: (gradients(distributed(model, alternating=False), share(batches, rank)), norm_statistics(model))
+        lambda rank: (gradients(distributed(learner, alternating=False), share(batches, rank)), norm_statistics(model))
     )
     for module in alone.modules():
         if isinstance(module, nn.BatchNorm2d):

@@ -85,6 +85,22 @@ def test_bidirectional_loss_reaches_the_other_branches(make_model, make_batches)
     assert all(reached)
 
 
+def test_bidirectional_gradients_are_those_of_the_running_statistics_that_were_used(make_model, make_batches):
+    """A loss's gradient in the branch that sends is the same whether that branch then trains on images of its own."""
+    model = make_model("XLEARNER.SHARING", "bidirectional")
+    step(model, make_batches())
+    state = {name: value.clone() for name, value in model.state_dict().items()}
+    sender, found = [*model.backbone.branches["segmentation"].res2.parameters()], []
+    for sources in (["pics"], ["pics", "areas"]):
+        model.load_state_dict(state)
+        torch.manual_seed(0)
+        with EventStorage():
+            losses = model({source: of for source, of in make_batches(seed=1).items() if source in sources})
+        loss = sum(value for name, value in losses.items() if name.startswith("pics/"))
+        found.append([value.clone() for value in torch.autograd.grad(loss, sender)])
+    torch.testing.assert_close(found[0], found[1], rtol=1e-5, atol=1e-8)
+
+
 def test_first_step_already_reaches_the_last_scale(make_model, make_batches):
     model = make_model()
     total_loss(model, make_batches()).backward()

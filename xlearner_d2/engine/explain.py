@@ -41,11 +41,15 @@ def explain(plan: Plan) -> str:
         _branches_table(plan, model),
         "",
         f"Parameters in training: {_trained(model)} in all, {_trained(model.backbone.reconciliation)} of them in "
-        "reconciliation layers. Expected memory of a training step: about "
-        f"{expected_memory(plan, model):.1f} GB a worker, besides what its libraries take.",
+        f"reconciliation layers. Expected memory of a training step: about {_memory(plan, model)} a worker, besides "
+        "what its libraries take.",
         f"Results: {', '.join(f'{plan.cfg.OUTPUT_DIR}/{RESULTS[stage]}' for stage in plan.stages)}.",
     ]
     return "\n".join(lines)
+
+
+def _memory(plan: Plan, model: XLearner) -> str:
+    return ", ".join(f"{size:.1f} GB to {stage}" for stage, size in expected_memory(plan, model).items())
 
 
 def _steps(plan: Plan, stage: str) -> int:

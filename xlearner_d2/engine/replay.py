@@ -19,6 +19,7 @@ from ..checkpoint.load import load_strictly
 from ..config import default_config
 from ..modeling import XLearner
 from ..modeling.xlearner import autocast_dtype
+from ..specs import ConfigError
 from .failure import Failure
 from .plan import Plan, make_plan
 from .squeeze import build_squeeze_hook
@@ -88,7 +89,10 @@ def _images(batch: Any) -> Iterator[str]:
 
 def _plan(failure: Failure) -> Plan:
     cfg = default_config()
-    cfg.merge_from_other_cfg(CfgNode.load_cfg(failure.config))
+    try:
+        cfg.merge_from_other_cfg(CfgNode.load_cfg(failure.config))
+    except (KeyError, ValueError, AssertionError) as error:
+        raise ConfigError([f"The failure file is of another version, whose config differs: {error}."]) from error
     cfg.XLEARNER.CHECK_IMAGES = 0
     return make_plan(cfg, world_size=failure.world_size)
 

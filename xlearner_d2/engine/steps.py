@@ -63,7 +63,8 @@ class LossesByBranch(nn.Module):
 class _EarlyCopy:
     """Numbers on their way from the device, asked for before the backward pass is queued.
 
-    Waiting for them afterwards waits for the forward pass alone, while the device has the backward pass to do.
+    Waiting for them afterwards waits for the forward pass alone, while the device has the backward pass to do, that of
+    the last branch where these learn one after another.
     """
 
     def __init__(self, losses: Mapping[str, Tensor]):

@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 from detectron2.utils.events import EventStorage
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..data.mappers import SourceMapper, build_mapper
 from ..modeling import XLearner
@@ -18,10 +18,11 @@ _BYTES_PER_PARAMETER = {"SGD": 12, "AdamW": 16}
 _NUM_IMAGES = 2
 
 
-def expected_memory(plan: Plan, model: XLearner) -> float:
-    """GB that weights, gradients, optimiser and what is kept for the backward pass take in one worker's step.
+def expected_memory(plan: Plan, model: XLearner) -> dict[str, float]:
+    """By stage, GB that weights, gradients, optimiser and what is kept for the backward pass take in one worker's step.
 
-    On a GPU with mixed precision this is an upper bound: the trial runs in float32.
+    An upper bound on a GPU with mixed precision, as the trial runs in float32, and in the squeeze, where it has what
+    each source keeps in the expansion.
 
     Raises:
         ConfigError: with every source whose images its head cannot learn from.
@@ -29,8 +30,6 @@ def expected_memory(plan: Plan, model: XLearner) -> float:
     problems: list[str] = []
     kept: dict[str, float] = {}
     received: dict[str, float] = {}
-    trained = _BYTES_PER_PARAMETER[plan.cfg.SOLVER.OPTIMIZER]
-    fixed = sum(p.numel() * (trained if p.requires_grad else 4) for p in model.parameters())
     learning: set[Tensor] = set()
     model.train()
     drawn = plan.drawn[plan.stages[0]]
@@ -39,14 +38,11 @@ def expected_memory(plan: Plan, model: XLearner) -> float:
             images = _images(plan, source)
             found, losses = _kept_bytes(model, source.name, images)
             times = (source.ims_per_batch // plan.world_size) / len(images)
-            kept[source.name], received[source.name] = (
-                found * times,
-                _received_bytes(model, source.name, images) * times,
-            )
+            kept[source.name] = found * times
+            received[source.name] = _received_bytes(model, source.name, images) * times
             learning |= _leaves_of(losses)
         except ConfigError as error:
             problems += [f"XLEARNER.SOURCES.{source.name}: {problem}" for problem in error.problems]
-            continue
         except Exception as error:  # whatever a third party's head raises
             problems.append(f"XLEARNER.SOURCES.{source.name}: a trial step with {source.config} failed: {error!r}")
     several = plan.world_size > 1 and not drawn.turns  # else they are looked for in every step
@@ -54,18 +50,42 @@ def expected_memory(plan: Plan, model: XLearner) -> float:
         problems = _check_gradients(model, learning)
     if problems:
         raise ConfigError(problems)
-    return (fixed + (max(kept.values()) if drawn.turns else _kept_at_most(model, kept, received))) / 1e9
+    together = max(kept.values()) if drawn.turns else sum(kept.values())
+    by_branch = together if drawn.turns else _kept_by_branch(model, kept, received)
+    return {stage: sum(_step(plan, model, stage, together, by_branch)) / 1e9 for stage in plan.stages}
 
 
-def _kept_at_most(model: XLearner, kept: Mapping[str, float], received: Mapping[str, float]) -> float:
-    """In a step of all sources: branches that learn apart do so one after another, when all have received."""
+def _step(plan: Plan, model: XLearner, stage: str, together: float, by_branch: float) -> tuple[float, float]:
+    """Bytes of weights and what belongs to them, and bytes that are kept for the backward pass."""
+    each = _BYTES_PER_PARAMETER[plan.cfg.SOLVER.OPTIMIZER]
+    expansion = sum(p.numel() * (each if p.requires_grad else 4) for p in model.parameters())
+    # The student and its heads, about: the largest branch and all heads. Its images go through it together.
+    network = max(_num_parameters(branch) for branch in model.backbone.branches.values())
+    student = each * (network + _num_parameters(model.heads))
+    if stage == "squeeze":
+        return 4 * _num_parameters(model) + student, together
+    if plan.cfg.XLEARNER.SQUEEZE.ONLINE:
+        return expansion + student, max(together, by_branch)
+    return expansion, by_branch
+
+
+def _num_parameters(module: nn.Module) -> int:
+    return sum(p.numel() for p in module.parameters())
+
+
+def _kept_by_branch(model: XLearner, kept: Mapping[str, float], received: Mapping[str, float]) -> float:
+    """Bytes kept in a step of all sources: of all, or, where branches learn one after another, of the one with most.
+
+    That one keeps what it has received, and all others' is held until they have learned.
+    """
     if not model.backbone.learn_apart:
         return sum(kept.values())
+    others = sum(received.values())
     branches: dict[str, float] = {}
-    for source, own in kept.items():  # which has what it received in it
+    for source, own in kept.items():
         branch = model.backbone.branch_of[model.task_of[source]]
-        branches[branch] = branches.get(branch, 0.0) + own - received[source]
-    return max(branches.values()) + sum(received.values())
+        branches[branch] = branches.get(branch, others) + own - received[source]
+    return max(branches.values())
 
 
 def _check_gradients(model: XLearner, learning: set[Tensor]) -> list[str]:
@@ -101,7 +121,9 @@ def _images(plan: Plan, source: SourceSpec) -> list[dict[str, Any]]:
 
 @torch.no_grad()
 def _received_bytes(model: XLearner, source: str, images: list[dict[str, Any]]) -> int:
-    """Bytes of the features that a source's branch receives."""
+    """Bytes of the features that a source's branch receives before it learns."""
+    if not model.backbone.sends_without_gradient:
+        return 0
     with model.autocast():
         (received,) = model.backbone.received([(model.preprocess(source, images), model.task_of[source])])
     return sum(feature.nbytes for features in received.values() for feature in features.values())

@@ -22,13 +22,23 @@ TRUNK = "trunk"
 
 @contextmanager
 def inference_mode_norm(module: nn.Module) -> Iterator[None]:
-    """Run ``module`` with its running statistics, and leave them as they are."""
+    """Run ``module`` with its running statistics, and leave them as they are.
+
+    A pass with gradient uses copies: its backward pass needs these numbers, and a pass in training that comes before
+    it changes the module's own in place.
+    """
     training = [child for child in module.modules() if child.training]
+    shared = [(child, *buffer) for child in training for buffer in child.named_buffers(recurse=False)]
+    shared = shared if torch.is_grad_enabled() else []
+    for child, name, value in shared:
+        setattr(child, name, value.clone())
     for child in training:
         child.training = False
     try:
         yield
     finally:
+        for child, name, value in shared:
+            setattr(child, name, value)
         for child in training:
             child.training = True
 
@@ -146,7 +156,8 @@ class ExpandedBackbone(nn.Module):
             sent = self._auxiliary(joined, {source: deepest})[source]
             parts = {stage: features.split([len(of) for of in given]) for stage, features in sent.items()}
             for number, reader in enumerate(of_source):
-                received[reader][source] = {stage: of[number] for stage, of in parts.items()}
+                read = self._reads(names[reader])[source]
+                received[reader][source] = {stage: of[number] for stage, of in parts.items() if stage in read}
         return received
 
     def forward_all(
@@ -201,8 +212,12 @@ class ExpandedBackbone(nn.Module):
 
     def _sources_of(self, name: str) -> dict[str, str]:
         """Auxiliary branches of one branch, and the deepest of their stages that is read."""
+        return {source: max(stages) for source, stages in self._reads(name).items()}
+
+    def _reads(self, name: str) -> dict[str, tuple[str, ...]]:
+        """Auxiliary branches of one branch, and their stages that are read."""
         reconcile = self.incoming(name)
-        return {} if reconcile is None else reconcile.deepest()
+        return {} if reconcile is None else reconcile.reads()
 
     def _auxiliary(self, images: Tensor, deepest: Mapping[str, str]) -> dict[str, Features]:
         """Un-reconciled features of the auxiliary branches, by branch and stage."""

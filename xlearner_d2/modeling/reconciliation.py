@@ -85,9 +85,10 @@ class Reconciliation(nn.Module):
             )
         self.stages = tuple(stage for stage in stages if any(self._into(stage)))
 
-    def deepest(self) -> dict[str, str]:
-        """By auxiliary branch, the deepest of its stages that any layer reads."""
-        return {name: max(key.split("_to_")[0] for key in layers) for name, layers in self._by_branch() if len(layers)}
+    def reads(self) -> dict[str, tuple[str, ...]]:
+        """By auxiliary branch, its stages that some layer reads."""
+        read = {name: sorted({key.split("_to_")[0] for key in layers}) for name, layers in self._by_branch()}
+        return {name: tuple(stages) for name, stages in read.items() if stages}
 
     def _by_branch(self) -> list[tuple[str, nn.ModuleDict]]:
         return [(name, cast(nn.ModuleDict, layers)) for name, layers in self.layers.items()]

@@ -174,8 +174,8 @@ class XLearner(nn.Module):
     def losses_by_branch(self, batches: SourceBatches) -> Iterator[dict[str, Tensor]]:
         """The losses of training, those of one branch after another; of all at once where a loss reaches several.
 
-        Each branch runs when its losses are asked for. A trainer that learns from them before it asks for the next ones
-        keeps what one branch needs for its backward pass, not what all do.
+        What branches send each other is computed at first, and each branch runs when its losses are asked for: who
+        learns from them before the next ones keeps what one branch needs for its backward pass, not what all do.
         """
         with self.autocast():
             batches = self.with_images_here(batches)
