@@ -1,6 +1,7 @@
 """What training costs, against what it has to cost: one function for each ratio that docs/SPEED.md reports."""
 
 import copy
+import functools
 import itertools
 from argparse import Namespace
 from collections.abc import Callable, Mapping
@@ -228,9 +229,7 @@ def branch_by_branch(args: Namespace) -> Found:
     for at_once in (False, True):
         model = make_model(THREE_TASKS, *precision(args))
         batch = make_batch(model, count=args.images, size=args.size)
-        runs[str(at_once)] = lambda model=model, batch=batch, at_once=at_once: train(
-            args, model, batch, at_once=at_once
-        )
+        runs[str(at_once)] = functools.partial(train, args, model, batch, at_once=at_once)
     times = in_turn(runs, rounds=args.rounds, by=args.by)
     return {"three kinds of heads": ratio(times["False"], times["True"])}
 

@@ -162,6 +162,14 @@ def test_branches_learn_one_after_another(project, monkeypatch, opts, passes):
     assert len(seen) == 2 * passes
 
 
+def test_the_squeeze_has_its_own_checkpoint_period(project):
+    without_extras(project).content["XLEARNER"]["SQUEEZE"]["SOLVER"]["CHECKPOINT_PERIOD"] = 2
+    project.write(project.content)
+    project.run("SOLVER.CHECKPOINT_PERIOD", 1)
+    first = [(project.root / f"out/{stage}/model_0000000.pth").is_file() for stage in ("expand", "squeeze")]
+    assert first == [True, False]
+
+
 def test_dry_run_tells_the_plan_and_writes_nothing(project):
     plan = project.dry_run()
     for pattern in (
