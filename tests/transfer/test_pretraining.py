@@ -124,6 +124,8 @@ def images_seen(study: StudySpec, name: str, *, file: str = "") -> int:
     cfg = load_config(study.config, own)
     batch = sum(source["IMS_PER_BATCH"] for source in cfg.XLEARNER.SOURCES.values() if source)
     squeeze = cfg.XLEARNER.SQUEEZE.SOLVER.get("MAX_ITER", cfg.SOLVER.MAX_ITER)
+    if cfg.XLEARNER.SQUEEZE.ONLINE:  # both stages in the same steps
+        squeeze = 0
     steps = {"expand": cfg.SOLVER.MAX_ITER, "squeeze": squeeze, "all": cfg.SOLVER.MAX_ITER + squeeze}
     done = steps["expand" if file == EXPANDED_FILE else cfg.XLEARNER.STAGE]
     return int(batch * done + sum(images_seen(study, other, file=start) for other, start in needed))
