@@ -3,20 +3,25 @@
 import dataclasses
 import runpy
 import sys
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from conftest import Project
+from detectron2.utils import comm
+from processes import LONG, Processes
 from torch import nn
 
 from xlearner_d2.checkpoint.load import read_checkpoint
 from xlearner_d2.data.mappers import SourceMapper
-from xlearner_d2.engine.failure import guilty_sources, read_failure
+from xlearner_d2.engine.failure import guilty_sources, read_failure, wrong_sources
 from xlearner_d2.engine.replay import replay
 from xlearner_d2.engine.steps import NonFiniteLoss, running_statistics
 from xlearner_d2.engine.stopping import RunStopped
+from xlearner_d2.engine.workers import work
 from xlearner_d2.specs import ConfigError
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -52,15 +57,23 @@ def spoil(monkeypatch: pytest.MonkeyPatch, *, after: int) -> None:
     monkeypatch.setattr(SourceMapper, "__call__", call)
 
 
-@pytest.mark.parametrize(("stage", "amp"), [("expand", False), ("squeeze", False), ("squeeze", True)])
+@pytest.mark.parametrize(
+    ("stage", "amp", "method"),
+    [("expand", False, "fixed"), ("expand", False, "dwa"), ("squeeze", False, "fixed"), ("squeeze", True, "fixed")],
+)
 def test_a_failed_step_is_kept_and_fails_again(
-    project: Project, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], stage: str, amp: bool
+    project: Project,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    stage: str,
+    amp: bool,
+    method: str,
 ) -> None:
     """The trial of the plan reads two images, and a step two, so that step 1 is the first with a spoilt one."""
-    out = project.root / f"failed_{stage}_{amp}"
+    out = project.root / f"failed_{stage}_{amp}_{method}"
     opts: list[Any] = ["XLEARNER.STAGE", stage, "OUTPUT_DIR", out]
     opts += ["XLEARNER.SQUEEZE.TEACHER", project.root / "out/expanded.pth", "SOLVER.CHECKPOINT_PERIOD", 1]
-    opts += ["XLEARNER.SQUEEZE.HINT_WEIGHT", 0.5, "SOLVER.AMP.ENABLED", amp]
+    opts += ["XLEARNER.SQUEEZE.HINT_WEIGHT", 0.5, "SOLVER.AMP.ENABLED", amp, "XLEARNER.WEIGHTING.METHOD", method]
     monkeypatch.setattr("torch.cpu._is_avx512_bf16_supported", lambda: amp)
     with monkeypatch.context() as patch:
         spoil(patch, after=4)
@@ -87,8 +100,57 @@ def test_a_failed_step_is_kept_and_fails_again(
         replay(dataclasses.replace(failure, config=failure.config.replace("XLEARNER:\n", "XLEARNER:\n  OLD: 1\n", 1)))
     saved = read_checkpoint(out / f"{stage}/model_0000000.pth")["model"]
     kept = failure.models["expand" if stage == "expand" else "squeeze"]
-    prefix = "" if stage == "expand" else "student."
+    prefix = "student." if stage == "squeeze" else "model." if method == "dwa" else ""
     assert all(torch.equal(value, kept[prefix + name]) for name, value in saved.items())
+
+
+@pytest.mark.parametrize(("stage", "norm"), [("expand", "BN"), ("expand", "naiveSyncBN"), ("squeeze", "BN")])
+def test_two_workers_keep_what_failed_and_end(project: Project, tmp_path: Path, stage: str, norm: str) -> None:
+    """One has a spoilt image; where statistics are exchanged in the forward pass, both have losses that are none."""
+    opts: list[Any] = ["XLEARNER.STAGE", stage, "OUTPUT_DIR", tmp_path, "MODEL.RESNETS.NORM", norm]
+    opts += ["XLEARNER.SQUEEZE.TEACHER", project.root / "out/expanded.pth"]
+
+    def start(rank: int) -> None:
+        meeting = f"file://{tmp_path}/meeting"
+        dist.init_process_group("gloo", meeting, timedelta(seconds=LONG), world_size=2, rank=rank)
+        comm.create_local_process_group(2)
+        with pytest.MonkeyPatch.context() as patch:
+            if rank == 1:
+                spoil(patch, after=0)
+            try:
+                work(lambda: project.run(*opts), host="127.0.0.1", silence=60, may_tell=lambda: True)
+            except RunStopped as stop:
+                print(stop.message, file=sys.stderr)
+                raise
+
+    processes = Processes(start, 2, tmp_path)
+    codes, said = processes.wait(), processes.errors()
+    assert codes == [1, 1], said
+    files = [tmp_path / stage / f"failed_step_0000000_worker_{rank}.pth" for rank in range(2)]
+    kept = [file for file in files if file.exists()]
+    assert kept == (files if stage == "squeeze" or norm != "BN" else files[1:])
+    assert f"The batch and the weights are in {' and '.join(map(str, kept))}: run tools/replay.py on it" in said
+    assert said.count(f"Stage {stage}, step 0 (of source ") == 1
+    failure = read_failure(files[1])
+    assert "areas" in wrong_sources(failure.losses)
+    assert not torch.isfinite(failure.batch["areas"][0]["image"]).any()
+
+
+def test_a_failed_step_is_no_checkpoint(project: Project, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Before there is one, ``--resume`` starts anew; the file stays, and takes the place of none."""
+    out = project.root / "no_checkpoint"
+    opts: list[Any] = ["OUTPUT_DIR", out]
+    for after in (2, 3 * 2):  # the trial reads two images, and a step two: in the first step, then in the third
+        with monkeypatch.context() as patch:
+            spoil(patch, after=after)
+            with pytest.raises(RunStopped):
+                project.run(*opts, resume=out.exists())
+    project.run(*opts, resume=True)
+    names = {path.name for path in (out / "expand").glob("*.pth")}
+    assert names == {
+        *("failed_step_0000000_worker_0.pth", "failed_step_0000002_worker_0.pth"),
+        *("model_0000001.pth", "model_final.pth"),
+    }
 
 
 def replay_command(monkeypatch: pytest.MonkeyPatch, file: Path) -> Any:

@@ -110,18 +110,54 @@ def alone(tmp_path_factory: pytest.TempPathFactory) -> Project:
     return project
 
 
-def test_killed_again_and_again(alone: Project, monkeypatch: pytest.MonkeyPatch) -> None:
-    """SIGKILL in either stage, at a step or while a file is being written; each time the run is resumed."""
-    out = ("OUTPUT_DIR", alone.root / "killed")
-    ends = []
-    for where, count in (("step", random.randint(2, STEPS)), ("save", 2), ("step", STEPS + 3), ("save", 1)):
+@pytest.mark.parametrize("processes", [0, 2])
+def test_killed_again_and_again(alone: Project, monkeypatch: pytest.MonkeyPatch, processes: int) -> None:
+    """SIGKILL in either stage, at any step or while a file is being written; each time the run is resumed.
+
+    With processes that read the images as well: those that a killed run leaves behind end by themselves.
+    """
+    folder = f"killed_{processes}"
+    out = ("OUTPUT_DIR", alone.root / folder, "DATALOADER.NUM_WORKERS", processes)
+    kills = [("step", random.randint(1, STEPS)), ("save", 1), ("step", None), ("save", 1)]
+    for where, count in kills:
+        done = last_step(alone.root / folder / "expand")
+        # None: a step of the squeeze, after those of the expansion that are to be done again.
+        count = count or STEPS - done + random.randint(1, STEPS)
         with monkeypatch.context() as patch:
             killed_at(patch, where, count)
-            ends.append(in_child(lambda: alone.run(*out, resume=(alone.root / "killed").exists())))
-    assert ends[0] == ends[1] == -signal.SIGKILL
+            end = in_child(lambda: alone.run(*out, resume=(alone.root / folder).exists()))
+        assert end == -signal.SIGKILL, (where, count, done)
+    assert (alone.root / folder / "squeeze").exists()
     assert in_child(lambda: alone.run(*out, resume=True)) == 0
-    assert_same_results(alone, "alone", "killed", "expanded.pth", "student_d2.pth")
-    assert list((alone.root / "killed").rglob(".*.part")) == []
+    assert_same_results(alone, "alone", folder, "expanded.pth", "student_d2.pth")
+    assert list((alone.root / folder).rglob(".*.part")) == []
+
+
+def last_step(folder: Path) -> int:
+    """How many steps the last checkpoint of a stage has seen."""
+    noted = folder / "last_checkpoint"
+    if not noted.exists():
+        return 0
+    return STEPS if "final" in noted.read_text() else int(noted.read_text()[len("model_") : -len(".pth")]) + 1
+
+
+def test_a_running_number_of_objects_goes_on(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """RetinaNet divides its losses by one that is in no state dict; the student's heads have one of their own."""
+    project = Project(tmp_path)
+    source = project.content["XLEARNER"]["SOURCES"]["boxes"]
+    source |= {"CONFIG": "configs/heads/light_retinanet_fpn.yaml", "OPTS": ["INPUT.MIN_SIZE_TRAIN", [64]], "TEST": []}
+    project.content["XLEARNER"] |= {"SOURCES": {"boxes": source}, "PROBES": {}}
+    project.content["XLEARNER"]["SQUEEZE"]["SOLVER"] = {"MAX_ITER": 3}
+    project.content["SOLVER"] |= {"MAX_ITER": 3, "CHECKPOINT_PERIOD": 2}
+    project.write(project.content)
+    project.run("OUTPUT_DIR", project.root / "alone")
+    for count in (3, 4):  # the third step of the expansion; then that of the squeeze
+        with monkeypatch.context() as patch:
+            killed_at(patch, "step", count)
+            out = project.root / "killed"
+            assert in_child(lambda: project.run("OUTPUT_DIR", out, resume=out.exists())) == -signal.SIGKILL
+    project.run("OUTPUT_DIR", project.root / "killed", resume=True)
+    assert_same_results(project, "alone", "killed", "expanded.pth", "student_d2.pth")
 
 
 def test_a_signal_saves_and_stops(

@@ -160,7 +160,7 @@ def _shape_problems(own: Mapping[str, Tensor], state: Mapping[str, Tensor]) -> l
     return [
         f"{name} has shape {tuple(state[name].shape)}, but {tuple(own[name].shape)} is needed."
         for name in own
-        if name in state and state[name].shape != own[name].shape
+        if name in state and isinstance(own[name], Tensor) and state[name].shape != own[name].shape
     ]
 
 

@@ -69,7 +69,7 @@ class TrainingCheckpointer(Checkpointer):
         """The checkpoints of the folder, the one that is noted as the last first, then from new to old."""
         noted = Path(self.get_checkpoint_file()).name if self.has_checkpoint() else ""
         return sorted(
-            Path(self.save_dir).glob("*.pth"),
+            Path(self.save_dir).glob("model_*.pth"),  # a failed step may lie beside them
             key=lambda path: (path.name == noted, _step(path)),
             reverse=True,
         )
@@ -81,9 +81,8 @@ class TrainingCheckpointer(Checkpointer):
             ConfigError: when all are damaged, or one does not fit the model.
         """
         found = self._find_whole() if self.save_to_disk else ("", [])
-        path, problems = comm.all_gather(found, group=self.group)[
-            0
-        ]  # the main worker's: one reads the files, and all use the same
+        # The main worker's: one reads the files, and all use the same.
+        path, problems = comm.all_gather(found, group=self.group)[0]
         if path:
             self.load(path)
             return Path(path)

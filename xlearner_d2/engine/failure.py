@@ -1,6 +1,7 @@
 """A step whose loss is not finite, kept in a file so that it can be run again."""
 
 import logging
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,11 +16,14 @@ from torch import Tensor, nn
 from ..checkpoint.files import SaveError, save_atomically
 from ..specs import ConfigError
 from .plan import Plan
-from .steps import NonFiniteLoss, copy_statistics, running_statistics
+from .steps import NonFiniteLoss, by_source, copy_statistics, running_statistics
 from .stopping import RunStopped
+from .workers import wait_briefly_for_all
 
 logger = logging.getLogger(__name__)
 
+#: Seconds in which another worker that failed in the same step has kept its batch.
+_TOGETHER = 10.0
 #: What a batch consists of besides plain containers, numbers, text and tensors.
 _BATCH_TYPES = [
     *(BitMasks, Boxes, Instances, Keypoints, PolygonMasks, RotatedBoxes),
@@ -52,7 +56,7 @@ class Failure:
     losses: dict[str, float]
     config: str
     batch: Any
-    models: dict[str, dict[str, Tensor]]
+    models: dict[str, dict[str, Any]]
 
 
 def stop_at_failure(plan: Plan, stage: str, models: Mapping[str, nn.Module]) -> Callable[[NonFiniteLoss], None]:
@@ -63,7 +67,7 @@ def stop_at_failure(plan: Plan, stage: str, models: Mapping[str, nn.Module]) -> 
     """
 
     def stop(found: NonFiniteLoss) -> None:
-        path = plan.stage_dir(stage) / f"failed_step_{found.step:07d}_worker_{comm.get_rank()}.pth"
+        file = f"failed_step_{found.step:07d}_worker_{{}}.pth"
         failure = Failure(
             stage=stage,
             step=found.step,
@@ -75,13 +79,15 @@ def stop_at_failure(plan: Plan, stage: str, models: Mapping[str, nn.Module]) -> 
             batch=found.batch,
             models={name: _state(model, found) for name, model in models.items()},
         )
-        sentence = _sentence(stage, found)
         try:
-            save_atomically(vars(failure), path)
-            kept = f"The batch and the weights are in {path}: run tools/replay.py on it to see where it comes from."
+            save_atomically(vars(failure), plan.stage_dir(stage) / file.format(comm.get_rank()))
+            # Where workers exchange statistics, what is not finite spreads: the cause may be in the batch of another.
+            wait_briefly_for_all(_TOGETHER)
+            files = " and ".join(map(str, sorted(plan.stage_dir(stage).glob(file.format("*")))))
+            kept = f"The batch and the weights are in {files}: run tools/replay.py on it to see where it comes from."
         except SaveError as error:
             kept = f"The batch could not be kept: {error}"
-        raise RunStopped(f"{sentence} {kept} {_ADVICE}")
+        raise RunStopped(f"{_sentence(stage, found)} {kept} {_ADVICE}")
 
     return stop
 
@@ -93,9 +99,15 @@ _ADVICE = (
 
 
 def _sentence(stage: str, found: NonFiniteLoss) -> str:
-    guilty = guilty_sources(found)
+    # The others are in the midst of their step: layers that exchange statistics would wait for them forever.
+    guilty = wrong_sources(found.losses) if comm.get_world_size() > 1 else guilty_sources(found)
     of = f" (of source {', '.join(guilty)})" if guilty else ""
     return f"Stage {stage}, step {found.step}{of}: {found.reason}"
+
+
+def wrong_sources(losses: Mapping[str, float]) -> list[str]:
+    """The sources with a loss that is not finite, of losses named ``source/loss``."""
+    return [source for source, value in by_source(losses).items() if not math.isfinite(value)]
 
 
 @torch.no_grad()
@@ -118,12 +130,13 @@ def guilty_sources(found: NonFiniteLoss) -> list[str]:
     return wrong
 
 
-def _state(model: nn.Module, found: NonFiniteLoss) -> dict[str, Tensor]:
+def _state(model: nn.Module, found: NonFiniteLoss) -> dict[str, Any]:
     """A model as it was before the step, in which it took running statistics of norm layers already."""
     state = model.state_dict()
     if model is found.model:
         state |= {name: value for name, value in found.statistics.items() if name in state}
-    return {name: value.detach().cpu() for name, value in state.items()}
+    # What weighs losses has numbers of its own beside tensors.
+    return {name: value.detach().cpu() if isinstance(value, Tensor) else value for name, value in state.items()}
 
 
 def read_failure(path: str | Path) -> Failure:

@@ -9,6 +9,7 @@ import sys
 import time
 import traceback
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import timedelta
 
@@ -47,11 +48,11 @@ class Worker:
 
 def patient_group() -> dist.ProcessGroup | None:
     """All workers, for operations in which they wait for one that takes long; None where there is one worker."""
-    return _all_workers() if comm.get_world_size() > 1 else None
+    return _all_workers("waiting") if comm.get_world_size() > 1 else None
 
 
 @functools.lru_cache
-def _all_workers() -> dist.ProcessGroup:
+def _all_workers(_purpose: str) -> dist.ProcessGroup:
     group = dist.new_group(backend="gloo", timeout=timedelta(days=30))
     assert isinstance(group, dist.ProcessGroup)  # every worker is in it
     return group
@@ -64,6 +65,19 @@ def wait_for_all() -> None:
     """
     if comm.get_world_size() > 1:
         dist.barrier(group=patient_group())
+
+
+def wait_briefly_for_all(seconds: float) -> None:
+    """Let workers that fail together finish; for one that fails alone the time is lost.
+
+    Args:
+        seconds: after which the others are taken to have no reason to come.
+    """
+    if comm.get_world_size() > 1:
+        with suppress(RuntimeError):  # of torch, when time is up
+            together = dist.barrier(group=_all_workers("ending"), async_op=True)
+            assert together is not None
+            together.wait(timedelta(seconds=seconds))
 
 
 def work(main: Callable[[], object], *, host: str, silence: float, may_tell: Callable[[], bool]) -> None:
@@ -87,7 +101,8 @@ def work(main: Callable[[], object], *, host: str, silence: float, may_tell: Cal
     workers = [
         Worker(*found) for found in comm.all_gather((comm.get_rank(), machine, socket.gethostname(), os.getpid()))
     ]
-    patient_group()  # all together, while nobody is busy
+    for purpose in ("waiting", "ending"):
+        _all_workers(purpose)  # all together, while nobody is busy
     lifeline = _connect(host, silence, functools.partial(_leave, workers, may_tell))
     try:
         main()
