@@ -5,6 +5,7 @@ from detectron2.config import CfgNode
 
 STAGES = ("expand", "squeeze", "all")
 STEPS = ("joint", "alternating")
+AMP_PRECISIONS = ("float16", "bfloat16")
 SHARING = ("separate", "shared", "detached", "bidirectional")
 
 
@@ -30,6 +31,9 @@ def add_xlearner_config(cfg: CfgNode) -> None:
     x.CHECK_IMAGES = 5000
     # Faster convolutions on GPUs with tensor cores and on CPUs.
     x.CHANNELS_LAST = True
+    # What SOLVER.AMP computes in on GPUs: float16, as Detectron2 does, or bfloat16, which has the range of float32 and
+    # fewer digits. CPUs have bfloat16 or compute in float32.
+    x.AMP_PRECISION = "float16"
     # Backend of torch.compile for the stages of branches and of the student, such as "inductor"; "" for none. On CPUs
     # inductor is slower than none (docs/SPEED.md).
     x.COMPILE = ""

@@ -151,10 +151,10 @@ def test_a_running_number_of_objects_goes_on(monkeypatch: pytest.MonkeyPatch, tm
     project.content["SOLVER"] |= {"MAX_ITER": 3, "CHECKPOINT_PERIOD": 2}
     project.write(project.content)
     project.run("OUTPUT_DIR", project.root / "alone")
+    out = project.root / "killed"
     for count in (3, 4):  # the third step of the expansion; then that of the squeeze
         with monkeypatch.context() as patch:
             killed_at(patch, "step", count)
-            out = project.root / "killed"
             assert in_child(lambda: project.run("OUTPUT_DIR", out, resume=out.exists())) == -signal.SIGKILL
     project.run("OUTPUT_DIR", project.root / "killed", resume=True)
     assert_same_results(project, "alone", "killed", "expanded.pth", "student_d2.pth")

@@ -8,8 +8,11 @@ import torch
 from detectron2.utils.events import EventStorage
 from torch import Tensor, nn
 
+from xlearner_d2.config import default_config
 from xlearner_d2.engine.norm_statistics import WorkerStatistics
 from xlearner_d2.engine.steps import AMPStepTrainer, LossesByBranch, NonFiniteLoss, StepTrainer, by_source
+from xlearner_d2.engine.trainer import build_step_trainer
+from xlearner_d2.modeling.xlearner import autocast_dtype
 
 
 class Losses(nn.Module):
@@ -115,6 +118,19 @@ def test_each_branch_learns_from_its_scaled_loss_outside_of_mixed_precision() ->
         made.model({"birds": [1.0, 2.0], "cells": [4.0]})
     assert (model.weights["birds"].grad, model.weights["cells"].grad) == (24.0, 32.0)
     assert seen == [False]
+
+
+@pytest.mark.filterwarnings("ignore:.*GradScaler")
+@pytest.mark.parametrize("precision", ["float16", "bfloat16"])
+def test_a_gpu_computes_in_the_precision_that_is_set(monkeypatch: pytest.MonkeyPatch, precision: str) -> None:
+    """One that is not there: as a step of it, Detectron2 calls autocast, and nothing else."""
+    cfg = default_config()
+    cfg.merge_from_list(["MODEL.DEVICE", "cuda", "SOLVER.AMP.ENABLED", True, "XLEARNER.AMP_PRECISION", precision])
+    model = ApartLosses()
+    monkeypatch.setattr(torch.Tensor, "is_cuda", True)
+    made = build_step_trainer(cfg, model, [], torch.optim.SGD(model.parameters(), lr=0.1))
+    assert isinstance(made, AMPStepTrainer)
+    assert made.precision is autocast_dtype(cfg) is getattr(torch, precision)
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])

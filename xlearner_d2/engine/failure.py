@@ -94,7 +94,8 @@ def stop_at_failure(plan: Plan, stage: str, models: Mapping[str, nn.Module]) -> 
 
 _ADVICE = (
     "Common causes: a learning rate that is too high (SOLVER.BASE_LR), no SOLVER.CLIP_GRADIENTS, float16 "
-    "(SOLVER.AMP.ENABLED), or labels that a loss cannot handle. --resume goes on from the last checkpoint."
+    "(XLEARNER.AMP_PRECISION bfloat16 has a larger range), or labels that a loss cannot handle. --resume goes on from "
+    "the last checkpoint."
 )
 
 

@@ -10,7 +10,7 @@ from detectron2.config import CfgNode
 from ..evaluation.build import check_evaluation
 from ..modeling.expanded import STAGES as RESNET_STAGES
 from ..modeling.heads import COMPILED_HINT, has_compiled_operators
-from ..settings import SHARING, STAGES
+from ..settings import AMP_PRECISIONS, SHARING, STAGES
 from ..specs import SourceSpec, one_of
 from .drawn import check_sampling
 from .optimizer import OPTIMIZERS
@@ -22,6 +22,7 @@ def check_settings(cfg: CfgNode, world_size: int) -> list[str]:
     """Problems of the settings that stand for themselves: those of no source."""
     problems = one_of("STAGE", cfg.XLEARNER.STAGE, STAGES)
     problems += check_sampling(cfg, world_size)
+    problems += one_of("AMP_PRECISION", cfg.XLEARNER.AMP_PRECISION, AMP_PRECISIONS)
     if cfg.XLEARNER.COMPILE:
         problems += one_of("COMPILE", cfg.XLEARNER.COMPILE, torch.compiler.list_backends(exclude_tags=()))
     problems += one_of("SHARING", cfg.XLEARNER.SHARING, SHARING)

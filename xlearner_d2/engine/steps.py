@@ -237,6 +237,10 @@ class StepTrainer(SimpleTrainer):
 class AMPStepTrainer(StepTrainer, AMPTrainer):
     """The same with mixed precision and loss scaling on a GPU."""
 
+    def __init__(self, *args: Any, precision: torch.dtype = torch.float16, **kwargs: Any):
+        super().__init__(*args, **kwargs)
+        self.precision = precision
+
     def _backward(self, loss: Tensor) -> None:
         with torch.autocast(loss.device.type, enabled=False):  # Detectron2 calls the model, but not this, with it
             self.grad_scaler.scale(loss).backward()

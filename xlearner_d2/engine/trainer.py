@@ -24,6 +24,7 @@ from ..data.loader import build_joint_train_loader, start_at
 from ..modeling import XLearner
 from ..modeling.heads import class_counts
 from ..modeling.weighting import weigh_losses, weights_of
+from ..modeling.xlearner import autocast_dtype
 from .branches import initialise_branches
 from .checkpoints import Checkpoints
 from .evaluate import SourceResults, evaluate_sources
@@ -103,9 +104,10 @@ def build_step_trainer(
         scope: prefix of what it logs.
     """
     on_gpu = next(model.parameters()).is_cuda
-    kind = AMPStepTrainer if cfg.SOLVER.AMP.ENABLED and on_gpu else StepTrainer
-    alternating = cfg.XLEARNER.STEPS == "alternating"
-    return kind(distributed(model, alternating=alternating), loader, optimizer, scope=scope)
+    wrapped = distributed(model, alternating=cfg.XLEARNER.STEPS == "alternating")
+    if cfg.SOLVER.AMP.ENABLED and on_gpu:
+        return AMPStepTrainer(wrapped, loader, optimizer, scope=scope, precision=autocast_dtype(cfg) or torch.float32)
+    return StepTrainer(wrapped, loader, optimizer, scope=scope)
 
 
 def weigh(plan: Plan, model: nn.Module, stage: str) -> nn.Module:

@@ -4,7 +4,7 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from detectron2.config import CfgNode, configurable
@@ -293,7 +293,7 @@ def cpu_autocast_dtype(cfg: CfgNode) -> torch.dtype | None:
 
 
 def autocast_dtype(cfg: CfgNode) -> torch.dtype | None:
-    """What training computes in where not in float32: as above, or what Detectron2's AMPTrainer takes on a GPU."""
+    """What training computes in where not in float32: as above, or ``XLEARNER.AMP_PRECISION`` on a GPU."""
     if cfg.SOLVER.AMP.ENABLED and cfg.MODEL.DEVICE.startswith("cuda"):
-        return torch.float16
+        return cast(torch.dtype, getattr(torch, cfg.XLEARNER.AMP_PRECISION))
     return cpu_autocast_dtype(cfg)
