@@ -13,6 +13,7 @@ from detectron2.data.samplers import InferenceSampler
 from detectron2.structures import Boxes, BoxMode, Instances
 from detectron2.utils import comm
 from disk_data import NAMES, SIZE
+from PIL import Image
 from processes import LONG, Processes
 
 from xlearner_d2.data.sources import register_sources
@@ -109,3 +110,17 @@ def test_results_are_those_of_one_worker(sets, tmp_path, world_size):
             assert found[0][name][kind] == pytest.approx(metrics, nan_ok=True), (name, kind)
             assert any(0 < value < 100 for value in metrics.values()), (name, kind)
     assert all(not any(results.values()) for results in found[1:])
+
+
+def test_evaluation_does_not_depend_on_the_batches_of_training(project):
+    """Images of several sizes, which a batch would pad to the largest."""
+    for number in range(0, 8, 2):
+        for folder in ("images", "labels"):
+            file = project.root / f"data/areas/{folder}/{number}.png"
+            Image.open(file).resize((SIZE + 16 * number, SIZE), Image.Resampling.NEAREST).save(file)
+    areas = project.content["XLEARNER"]["SOURCES"]["areas"]
+    project.content["XLEARNER"] |= {"SOURCES": {"areas": areas}, "PROBES": {}, "STAGE": "expand"}
+    project.content["SOLVER"]["MAX_ITER"] = 4
+    project.write(project.content)
+    few = project.run("XLEARNER.SOURCES.areas.IMS_PER_BATCH", 2)
+    assert project.run("XLEARNER.SOURCES.areas.IMS_PER_BATCH", 8, eval_only=True)["expanded"] == few["expanded"]

@@ -63,6 +63,19 @@ def test_constant_channel_stays_finite() -> None:
     assert not normaliser(torch.full((1, 2, 2, 2), 4.0)).any()
 
 
+def test_equal_workers_find_what_one_does(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also of channels whose mean is large beside their deviation, where the difference of squares would be noise."""
+    features = 40 + 1e-3 * torch.randn(2, 256, 4, 4, generator=torch.Generator().manual_seed(0))
+    alone, together = Standardiser(256), Standardiser(256)
+    alone.update(features)
+    monkeypatch.setattr("detectron2.utils.comm.get_world_size", lambda: 2)
+    monkeypatch.setattr(torch.distributed, "all_reduce", lambda value: value.mul_(2))
+    together.update(features)
+    assert (together.var >= 0).all()
+    torch.testing.assert_close(together.var, alone.var, rtol=1e-5, atol=0)
+    torch.testing.assert_close(together.mean, alone.mean)
+
+
 def test_phi_s_gives_all_channels_one_variance() -> None:
     normaliser, features = PHIStandardiser(8), correlated(8)
     for _ in range(40):

@@ -32,15 +32,18 @@ def evaluate_sources(model: XLearner, plan: Plan) -> SourceResults:
     with inference_context(model), model.autocast():
         for source in plan.sources:
             for name, records in plan.data[source.name].test.items():
-                share = max(source.ims_per_batch // comm.get_world_size(), 1)
+                head = plan.heads[source.name]
+                # Images of other sizes are padded to those of their batch, which features depend on: one by one then,
+                # as Detectron2 does.
+                one_size = head.MODEL.META_ARCHITECTURE == "ImageClassifier"
                 loader = build_test_loader(
-                    plan.heads[source.name],
+                    head,
                     records,
-                    batch_size=share,
+                    batch_size=max(source.ims_per_batch // comm.get_world_size(), 1) if one_size else 1,
                     num_workers=plan.cfg.DATALOADER.NUM_WORKERS,
                 )
                 folder = plan.stage_dir("expand") / "inference" / source.name / name
-                evaluator = build_evaluator(name, output_dir=str(folder), head=plan.heads[source.name])
+                evaluator = build_evaluator(name, output_dir=str(folder), head=head)
                 found: Any = inference_on_dataset(model.heads[source.name], loader, evaluator)
                 wait_for_all()  # the main worker scores what all have found
                 if comm.is_main_process():

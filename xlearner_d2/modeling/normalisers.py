@@ -49,11 +49,13 @@ class Standardiser(nn.Module):
         """Take features (N, C, H, W) float32 into account."""
         var, mean = torch.var_mean(features.to(self.mean.dtype), dim=(0, 2, 3), correction=0)
         if comm.get_world_size() > 1:
-            second = var + mean**2
-            for value in (mean, second):
-                torch.distributed.all_reduce(value)
-                value /= comm.get_world_size()
-            var = second - mean**2
+            own = mean.clone()
+            torch.distributed.all_reduce(mean)
+            mean /= comm.get_world_size()
+            # Of positive numbers alone: a difference of large ones can fall below zero.
+            var += (own - mean) ** 2
+            torch.distributed.all_reduce(var)
+            var /= comm.get_world_size()
         self._batches_seen = self.batches_seen + 1
         self.num_batches += 1
         momentum = max(1.0 / self._batches_seen, self.min_momentum)
