@@ -77,6 +77,30 @@ def test_detectron2_trains_it_and_train_net_squeezes_the_result(
     assert trained.student == tmp_path / "student/student_d2.pth"
 
 
+@pytest.mark.parametrize(("device", "amp"), [("cpu", False), ("cuda", True), ("cuda:1", True)])
+def test_its_trainer_has_mixed_precision_on_gpus_alone(device: str, amp: bool) -> None:
+    """On CPUs Detectron2's AMPTrainer refuses to work."""
+    overrides = [f"settings.MODEL.DEVICE={device}", "settings.SOLVER.AMP.ENABLED=True"]
+    cfg = LazyConfig.apply_overrides(LazyConfig.load(str(FILE)), overrides)
+    assert cfg.train.amp.enabled is amp
+
+
+def test_what_the_lazy_trainer_would_leave_out_is_refused(
+    openmoji: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("DETECTRON2_DATASETS", str(openmoji))
+    overrides = ["XLEARNER.STEPS=alternating", "XLEARNER.WEIGHTING.METHOD=dwa", "XLEARNER.EXTEND=old.pth"]
+    cfg = LazyConfig.apply_overrides(lazily(tmp_path), [f"settings.{text}" for text in overrides])
+    with pytest.raises(ConfigError) as caught:
+        instantiate(cfg.model)
+    said = "is {!r}, which only train_net.py --config-file can do. Train with it, or set {!r}."
+    assert caught.value.problems == [
+        "XLEARNER.EXTEND " + said.format("old.pth", ""),
+        "XLEARNER.STEPS " + said.format("alternating", "joint"),
+        "XLEARNER.WEIGHTING.METHOD " + said.format("dwa", "fixed"),
+    ]
+
+
 @pytest.mark.parametrize("norm", ["BN", "FrozenBN"])
 def test_a_lazy_model_of_the_zoo_takes_the_student(tmp_path: Path, norm: str) -> None:
     """As docs/LAZY.md shows it: all of its ResNet comes from the file, and its features are the student's."""

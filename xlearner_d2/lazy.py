@@ -5,8 +5,8 @@ A file such as ``configs/lazy/openmoji.py`` holds ``settings``, the same tree as
 follow ``settings``, so ``settings.SOLVER.MAX_ITER=100`` on its command line does what it says.
 """
 
+import functools
 from collections.abc import Mapping
-from functools import cache
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -43,6 +43,19 @@ def complete(base: str, changes: Mapping[str, Any]) -> dict[str, Any]:
     return _tree(_config(OmegaConf.to_container(changed)))
 
 
+#: Settings that only :mod:`.engine` carries out. Left at their defaults, nothing is missing from what others train.
+_ENGINE_ALONE = (
+    "XLEARNER.EXTEND",
+    "XLEARNER.FREEZE",
+    "XLEARNER.STEPS",
+    "XLEARNER.WEIGHTING.METHOD",
+    "XLEARNER.SQUEEZE.ONLINE",
+    "SOLVER.REFERENCE_WORLD_SIZE",
+)
+# The trainer with mixed precision is for GPUs; on a CPU the model sets its own.
+OmegaConf.register_new_resolver("on_gpu", lambda wanted, device: wanted and device.startswith("cuda"), replace=True)
+
+
 class Nodes(NamedTuple):
     """What ``lazyconfig_train_net.py`` reads from a file, by the names it knows."""
 
@@ -68,7 +81,7 @@ def expansion() -> Nodes:
             "output_dir": "${settings.OUTPUT_DIR}",
             "init_checkpoint": "",
             "max_iter": "${settings.SOLVER.MAX_ITER}",
-            "amp": {"enabled": "${settings.SOLVER.AMP.ENABLED}"},
+            "amp": {"enabled": "${on_gpu:${settings.SOLVER.AMP.ENABLED},${settings.MODEL.DEVICE}}"},
             "ddp": {"broadcast_buffers": False, "find_unused_parameters": False, "fp16_compression": False},
             "checkpointer": {"period": "${settings.SOLVER.CHECKPOINT_PERIOD}", "max_to_keep": 2},
             "eval_period": 0,
@@ -79,9 +92,13 @@ def expansion() -> Nodes:
 
 
 def build_expansion(settings: Mapping[str, Any]) -> XLearner:
-    """The expanded model, started as ``MODEL.WEIGHTS`` and ``XLEARNER.BRANCHES`` say."""
+    """The expanded model, started as ``MODEL.WEIGHTS`` and ``XLEARNER.BRANCHES`` say.
+
+    Raises:
+        ConfigError: for settings that ``train_net.py`` alone carries out, besides those of the plan.
+    """
     plan = _plan_of(settings)
-    model = build_model(plan.cfg)
+    model = build_model(plan.cfg).to(memory_format=torch.channels_last if plan.cfg.XLEARNER.CHANNELS_LAST else None)
     initialise_branches(model, plan.cfg, plan.branches)
     return cast(XLearner, model)
 
@@ -121,9 +138,22 @@ def _config(settings: Any) -> CfgNode:
 
 
 def _plan_of(settings: Mapping[str, Any]) -> Plan:
-    return _plan(_config(OmegaConf.to_container(OmegaConf.create(dict(settings)), resolve=True)).dump())
+    cfg = _config(OmegaConf.to_container(OmegaConf.create(dict(settings)), resolve=True))
+    own, default = (_flat(tree) for tree in (cfg, default_config()))
+    wish = "which only train_net.py --config-file can do. Train with it, or set"
+    problems = [
+        f"{name} is {own[name]!r}, {wish} {default[name]!r}." for name in _ENGINE_ALONE if own[name] != default[name]
+    ]
+    if problems:
+        raise ConfigError(problems)
+    return _plan(cfg.dump())
 
 
-@cache  # the nodes share one, as reading and checking data takes a while
+def _flat(cfg: CfgNode) -> dict[str, Any]:
+    """The settings of the engine alone, by their dotted names."""
+    return {name: functools.reduce(getattr, name.split("."), cfg) for name in _ENGINE_ALONE}
+
+
+@functools.cache  # the nodes share one, as reading and checking data takes a while
 def _plan(text: str) -> Plan:
     return make_plan(_config(yaml.safe_load(text)), world_size=comm.get_world_size())
