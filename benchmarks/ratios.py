@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from detectron2.engine import SimpleTrainer
 from detectron2.modeling import build_model
+from detectron2.solver import build_optimizer
 from detectron2.utils.events import EventStorage
 from models import HEADS, THREE_TASKS, Batch, make_batch, make_config, make_model
 from timing import Run, in_turn, peak_bytes, ratio
@@ -17,6 +18,8 @@ from torch import Tensor
 
 from xlearner_d2 import XLearner
 from xlearner_d2.engine.optimizer import AdamW, make_optimizer
+from xlearner_d2.engine.steps import LossesByBranch
+from xlearner_d2.engine.trainer import StepSeed, build_step_trainer
 from xlearner_d2.modeling.distill import Distiller, matched_stages
 from xlearner_d2.modeling.expanded import build_branch
 from xlearner_d2.modeling.heads import head_config
@@ -57,11 +60,14 @@ def precision(args: Namespace) -> tuple[str, bool]:
 
 
 def one_source_step(args: Namespace) -> Found:
-    """A step of XLearner with one source against stock Detectron2's SimpleTrainer on the same model and images."""
+    """A step of training with one source against stock Detectron2's, on the same model and images.
+
+    Both whole: ours with its seed, the checks and the logging of losses and its optimiser, as a run has them.
+    """
     found = {}
     for head, config in HEADS.items():
-        # Stock Detectron2 has neither of the two; without them only the project's own overhead is left.
-        options = ("XLEARNER.CHANNELS_LAST", False, "SOLVER.AMP.ENABLED", False)
+        # Stock Detectron2 has none of the three; without them only the project's own overhead is left.
+        options = ("XLEARNER.CHANNELS_LAST", False, "SOLVER.AMP.ENABLED", False, "SOLVER.OPTIMIZER", "SGD")
         cfg = make_config((head,), *options)
         ours = build_model(cfg)
         source = SourceSpec(name="only", task="task", config=config, train=("benchmark",))
@@ -71,22 +77,24 @@ def one_source_step(args: Namespace) -> Found:
         stock = build_model(alone)
         assert sum(p.numel() for p in ours.parameters()) == sum(p.numel() for p in stock.parameters())
         batch = make_batch(ours, count=args.images, size=args.size)
-        runs = {
-            "ours": _stepper(ours, batch, make_optimizer(cfg, ours)),
-            "stock": _stepper(stock, batch["source0"], make_optimizer(cfg, stock)),
-        }
+        repeated = itertools.repeat(batch)
+        trainer = build_step_trainer(cfg, LossesByBranch(ours), repeated, make_optimizer(cfg, ours))
+        trainer.register_hooks([StepSeed(seed=0)])
+        reference = SimpleTrainer(stock, itertools.repeat(batch["source0"]), build_optimizer(alone, stock))
+        runs = {"ours": _stepper(trainer), "stock": _stepper(reference)}
         times = in_turn(runs, rounds=args.rounds, by=args.by)
         found[head] = ratio(times["ours"], times["stock"])
     return found
 
 
-def _stepper(model: torch.nn.Module, batch: Any, optimizer: torch.optim.Optimizer) -> Run:
-    trainer = SimpleTrainer(model, itertools.repeat(batch), optimizer)
+def _stepper(trainer: SimpleTrainer) -> Run:
     trainer.iter = 0
 
     def run() -> None:
-        with EventStorage():
+        with EventStorage() as trainer.storage:
+            trainer.before_step()
             trainer.run_step()
+            trainer.after_step()
 
     return run
 
