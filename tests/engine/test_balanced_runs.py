@@ -9,6 +9,7 @@ from test_processes import finish, start
 
 from xlearner_d2.checkpoint.load import read_checkpoint
 from xlearner_d2.engine.plan import make_plan
+from xlearner_d2.engine.provenance import describe_training
 from xlearner_d2.specs import ConfigError
 
 TASKS = {"pics": "classification", "boxes": "detection", "areas": "segmentation"}
@@ -47,6 +48,21 @@ def test_idle_parameters_stay_bit_for_bit(project, workers):
     assert (project.root / "out/student_d2.pth").is_file()
     lines = [json.loads(line) for line in (project.root / "out/squeeze/metrics.json").read_text().splitlines()]
     assert {"loss_hint_classification", "boxes/loss_mask"} <= set().union(*lines)
+
+
+@pytest.mark.parametrize(
+    ("options", "images"),
+    [
+        ([], "6"),
+        (["XLEARNER.SAMPLING.IMS_PER_BATCH", 9], "9"),
+        (["XLEARNER.STEPS", "alternating", "XLEARNER.SOURCES.pics.IMS_PER_BATCH", 5], "3"),
+        (["XLEARNER.STEPS", "alternating", "XLEARNER.SAMPLING.IMS_PER_BATCH", 4], "4"),
+    ],
+)
+def test_the_model_card_has_the_images_that_a_step_draws(project, monkeypatch, options, images):
+    monkeypatch.setenv("DETECTRON2_DATASETS", str(project.root / "data"))
+    plan = make_plan(project.load(*options), world_size=1)
+    assert describe_training(plan)["steps"] == f"2 of expansion, then 2 of squeeze, of {images} images each"
 
 
 def test_a_share_of_the_images_is_trained_on_and_all_are_tested_on(project, monkeypatch):

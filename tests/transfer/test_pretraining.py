@@ -17,6 +17,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 import yaml
 from disk_data import SIZE
 from tiny_suite import NARROW, ROOT, TinySuite
@@ -248,6 +249,28 @@ def test_runs_that_fail_are_named_and_run_again(tmp_path: Path, started: list[st
     for _ in range(2):
         assert run_pretraining(some_runs("a", "bad", "c"), [0], tmp_path, jobs=2) == ["bad, seed 0"]
     assert sorted(started) == ["seed0/a", "seed0/bad", "seed0/bad", "seed0/c"]
+
+
+@pytest.mark.parametrize(
+    ("seen", "jobs", "expected"), [("", 2, {"0", "1"}), ("3,5", 2, {"3", "5"}), ("3,5", 1, {"3"}), ("7", 3, {"7"})]
+)
+def test_runs_of_one_time_are_spread_over_the_gpus(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, seen: str, jobs: int, expected: set[str]
+) -> None:
+    """Those that run at a time, which meet here, have one each as long as there are enough."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", seen)
+    meeting, given = threading.Barrier(jobs, timeout=30), []
+
+    def run(command: list[str], **options: Any) -> SimpleNamespace:
+        given.append(options["env"]["CUDA_VISIBLE_DEVICES"])
+        meeting.wait()
+        return SimpleNamespace(returncode=0)
+
+    monkeypatch.setattr(pretraining, "subprocess", SimpleNamespace(run=run))
+    run_pretraining(some_runs("a", "b", "c", "d", "e", "f"), [0], tmp_path, jobs=jobs)
+    assert [set(given[first : first + jobs]) for first in range(0, 6, jobs)] == [expected] * (6 // jobs)
 
 
 def chain() -> StudySpec:

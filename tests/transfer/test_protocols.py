@@ -19,7 +19,7 @@ from xlearner_d2 import add_xlearner_config
 from xlearner_d2.data.subset import random_share
 from xlearner_d2.evaluation.probe import extract_features, linear_probe
 from xlearner_d2.specs import ConfigError
-from xlearner_d2.transfer import protocols
+from xlearner_d2.transfer import protocols, reading
 from xlearner_d2.transfer.backbones import BackboneSpec, load_backbone
 from xlearner_d2.transfer.suite import Suite
 
@@ -37,6 +37,19 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> TinySuite:
     found["tuned_free"] = fine_tune("classification/top1", "configs/heads/classifier.yaml", *FREE)
     found["dense_free"] = fine_tune("bbox/AP", f"{HEADS}/retinanet.yaml", *FREE)
     found["linear_free"] = fine_tune("sem_seg/mIoU", f"{HEADS}/linear_segmentation.yaml", *FREE)
+    two_stages = [
+        "MODEL.ROI_BOX_HEAD.FC_DIM",
+        32,
+        "MODEL.RPN.POST_NMS_TOPK_TRAIN",
+        20,
+        "MODEL.RPN.POST_NMS_TOPK_TEST",
+        20,
+    ]
+    found["faster_rcnn"] = fine_tune("bbox/AP", f"{HEADS}/faster_rcnn.yaml", *two_stages, *FREE)
+    found["mask_rcnn"] = fine_tune("segm/AP", f"{HEADS}/mask_rcnn.yaml", *two_stages, *FREE)
+    found["semantic_fpn"] = fine_tune(
+        "sem_seg/mIoU", f"{HEADS}/semantic_fpn.yaml", "MODEL.SEM_SEG_HEAD.CONVS_DIM", 32, *FREE
+    )
     found["dense_half"] = fine_tune("bbox/AP", f"{HEADS}/retinanet.yaml", TRAIN_SHARE=0.5)
     found["dense_typo"] = fine_tune("bbox/APX", f"{HEADS}/retinanet.yaml")
     found["diverging"] = fine_tune("sem_seg/mIoU", f"{HEADS}/linear_segmentation.yaml", "SOLVER.BASE_LR", 1e38)
@@ -44,8 +57,10 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> TinySuite:
     found["pixels"] = fine_tune("sem_seg/mACC", f"{HEADS}/linear_segmentation.yaml")
     suite.content["TRANSFER"]["SETS"] = {
         "pics": one_set("classification", "s_pics", "probe", "knn", "few", "tuned_free"),
-        "boxes": one_set("detection", "s_boxes", "dense", "dense_free", "dense_half", "dense_typo"),
-        "areas": one_set("segmentation", "s_areas", "linear", "linear_free", "diverging", "pixels"),
+        "boxes": one_set(
+            "detection", "s_boxes", "dense", "dense_free", "dense_half", "dense_typo", "faster_rcnn", "mask_rcnn"
+        ),
+        "areas": one_set("segmentation", "s_areas", "linear", "linear_free", "diverging", "pixels", "semantic_fpn"),
     }
     suite.write()
     return suite
@@ -157,15 +172,33 @@ def test_details_tell_what_evaluation_gave(tiny: TinySuite, suite: Suite) -> Non
     assert not [name for name in details if "cat" in name]
 
 
+@pytest.mark.parametrize("protocol", ["faster_rcnn", "mask_rcnn", "semantic_fpn"])
+def test_the_heavier_heads_are_trained_and_evaluated(tiny: TinySuite, suite: Suite, protocol: str) -> None:
+    """From the weights of the backbone, which is fine-tuned."""
+    value, details = run(suite, protocol, backbone(tiny, "student"))
+    assert 0 <= value <= 100
+    assert all(np.isfinite(details["losses"]))
+    assert details[suite.protocols[protocol].metric] == value
+
+
+@pytest.mark.parametrize("protocol", ["tuned_free", "dense_free"])
+def test_processes_that_read_the_images_change_nothing(tiny: TinySuite, protocol: str) -> None:
+    found = [
+        run(tiny.parse("DATALOADER.NUM_WORKERS", number), protocol, backbone(tiny, "student"), seed=3)
+        for number in (0, 2)
+    ]
+    np.testing.assert_equal(found[0], found[1])  # APs of sizes that no box has are not a number
+
+
 def test_only_the_share_is_trained_on(tiny: TinySuite, suite: Suite, monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[int] = []
-    draw = protocols.Mapped.draw
+    draw = reading.Mapped.draw
 
-    def note(self: protocols.Mapped, index: int, *, seed: int) -> dict[str, Any]:
+    def note(self: reading.Mapped, index: int, *, seed: int) -> dict[str, Any]:
         seen.append(index)
         return draw(self, index, seed=seed)
 
-    monkeypatch.setattr(protocols.Mapped, "draw", note)
+    monkeypatch.setattr(reading.Mapped, "draw", note)
     _, details = run(suite, "dense_half", backbone(tiny, "student"), seed=1)
     trained = seen[:8]  # two steps of four; then the eight test images
     assert details["num_train"] == 4
@@ -327,7 +360,7 @@ def test_records_are_kept_where_they_are_fixed_and_small(fixed: bool, max_bytes:
         drawn.append(record)
         return {"image": torch.full((3, 4), record["value"], dtype=torch.uint8), "seed": seed}
 
-    data = protocols.Mapped([{"value": 1}, {"value": 2}], mapper, fixed=fixed, max_bytes=max_bytes)  # type: ignore[arg-type]
+    data = reading.Mapped([{"value": 1}, {"value": 2}], mapper, fixed=fixed, max_bytes=max_bytes)  # type: ignore[arg-type]
     for _ in range(3):
         assert [data[index]["image"][0, 0] for index in range(len(data))] == [1, 2]
     assert len(drawn) == calls

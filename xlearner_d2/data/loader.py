@@ -74,7 +74,7 @@ def build_joint_train_loader(
         batch_sampler=sampler,
         collate_fn=group_by_source,
         num_workers=num_workers,
-        worker_init_fn=_prepare_process,
+        worker_init_fn=prepare_process,
         # Its own, or starting the loader would draw a number from the model's, in a resumed run at another step.
         generator=torch.Generator().manual_seed(seed),
         pin_memory=any(head.MODEL.DEVICE.startswith("cuda") for head in heads.values()),
@@ -97,7 +97,8 @@ def start_at(loader: DataLoader[Any], step: int) -> None:
     loader.batch_sampler.start = step
 
 
-def _prepare_process(_worker: int) -> None:
+def prepare_process(_worker: int) -> None:
+    """What a loader's process does first."""
     # Ctrl-C in a terminal reaches this process, too, but the one that trains needs it until its step is finished. Not
     # so SIGTERM: it is how this process is ended.
     signal.signal(signal.SIGINT, signal.SIG_IGN)

@@ -28,6 +28,11 @@ class Drawn:
         """The part of the steps that draw from a source."""
         return self.turns[source.name] / sum(self.turns.values()) if self.turns else 1.0
 
+    @property
+    def images_per_step(self) -> float:
+        """Of all sources; of alternating steps the mean."""
+        return sum(self.part(source) * source.ims_per_batch for source in self.sources)
+
 
 def check_sampling(cfg: CfgNode, world_size: int) -> list[str]:
     """Problems of ``XLEARNER.STEPS`` and ``XLEARNER.SAMPLING``."""

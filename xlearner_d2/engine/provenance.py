@@ -37,7 +37,7 @@ def describe_training(plan: Plan) -> dict[str, Any]:
 
 
 def _steps(plan: Plan) -> str:
-    images = sum(source.ims_per_batch for source in plan.sources if source.train)
+    images = f"{plan.drawn[plan.stages[-1]].images_per_step:.4g}"
     squeeze = squeeze_config(plan.cfg).SOLVER.MAX_ITER
     if plan.cfg.XLEARNER.SQUEEZE.ONLINE:
         return f"{plan.cfg.SOLVER.MAX_ITER} of expansion and squeeze at once"

@@ -13,8 +13,10 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
+from queue import Queue
 from typing import Any, TextIO
 
+import torch
 import yaml
 
 from ..config import check_config_file, load_config
@@ -169,6 +171,9 @@ def run_pretraining(study: StudySpec, seeds: Sequence[int], folder: Path, *, job
     left = [(name, seed) for name, seed in work if not _finished(folder, name, seed)]
     logger.info(f"{len(work)} pre-training runs, of which {len(work) - len(left)} are finished.")
     results: dict[tuple[str, int], Future[int]] = {}
+    devices: Queue[dict[str, str]] = Queue()
+    for number in range(jobs):
+        devices.put(_device(number))
 
     def run(name: str, seed: int) -> int:
         # A run starts after those that it needs, which stand above it, so waiting for them never waits for itself.
@@ -176,7 +181,11 @@ def run_pretraining(study: StudySpec, seeds: Sequence[int], folder: Path, *, job
         if any(future.result() for future in needed):
             logger.error(f"Run {name}, seed {seed}: not started, as a run that it needs failed.")
             return 1
-        return _run(study, name, seed, folder, jobs=jobs)
+        device = devices.get()
+        try:
+            return _run(study, name, seed, folder, jobs=jobs, device=device)
+        finally:
+            devices.put(device)
 
     with ThreadPoolExecutor(jobs) as pool:
         for item in left:
@@ -192,7 +201,16 @@ def _finished(folder: Path, name: str, seed: int) -> bool:
     return (_output(folder, name, seed) / "metrics.json").is_file()
 
 
-def _run(study: StudySpec, name: str, seed: int, folder: Path, *, jobs: int) -> int:
+def _device(number: int) -> dict[str, str]:
+    """Environment of the runs of one of the places that they take turns in: a GPU, if there are any."""
+    if not torch.cuda.is_available():
+        return {}
+    seen = os.environ.get("CUDA_VISIBLE_DEVICES") or ",".join(map(str, range(torch.cuda.device_count())))
+    gpus = seen.split(",")
+    return {"CUDA_VISIBLE_DEVICES": gpus[number % len(gpus)]}
+
+
+def _run(study: StudySpec, name: str, seed: int, folder: Path, *, jobs: int, device: Mapping[str, str]) -> int:
     """One run in a process of its own; its exit code."""
     output = _output(folder, name, seed)
     output.mkdir(parents=True, exist_ok=True)
@@ -207,7 +225,7 @@ def _run(study: StudySpec, name: str, seed: int, folder: Path, *, jobs: int) -> 
         (output / SETTINGS_FILE).write_text(_settings(study, name) + "\n", encoding="utf-8")
         logger.info(f"Run {name}, seed {seed}: started, its log is {log.name}.")
         started = time.monotonic()
-        environment = {**os.environ, "OMP_NUM_THREADS": str(threads)}
+        environment = {**os.environ, "OMP_NUM_THREADS": str(threads), **device}
         code = subprocess.run(
             command, stdout=log, stderr=log, env=environment, check=False, pass_fds=(lock.fileno(),)
         ).returncode

@@ -3,7 +3,7 @@
 import logging
 import math
 import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -20,11 +20,8 @@ from detectron2.solver import build_lr_scheduler, build_optimizer
 from detectron2.utils.env import seed_all_rng
 from detectron2.utils.events import get_event_storage
 from torch import nn
-from torch.utils.data import DataLoader, Dataset
 
 from ..data.mappers import SourceMapper, build_mapper
-from ..data.samplers import JointSampler
-from ..data.streams import Shuffled
 from ..data.subset import random_share
 from ..engine.trainer import StepSeed, build_step_trainer
 from ..evaluation.build import build_evaluator
@@ -36,6 +33,7 @@ from ..modeling.xlearner import cpu_autocast_dtype
 from ..specs import ConfigError, SourceSpec, nearest
 from .backbones import BackboneSpec, load_backbone
 from .memo import MemoisedBackbone
+from .reading import Mapped, make_loader, training_batches
 from .suite import ProtocolSpec, SetSpec, Suite
 
 logger = logging.getLogger(__name__)
@@ -189,8 +187,9 @@ def _install(
     if network is not resnet:
         network.freeze(freeze_at)
     if freeze_at == 5:
-        network.to(memory_format=torch.channels_last)
-        network = MemoisedBackbone(network.eval())
+        network.to(memory_format=torch.channels_last).eval()
+        if is_deterministic(cfg):  # else the very same pixels hardly return, and to look for them costs time
+            network = MemoisedBackbone(network)
     setattr(parent, attribute, network)
 
 
@@ -218,9 +217,11 @@ def fine_tune(
     wrapped = _Autocast(model, cpu_autocast_dtype(suite.cfg))
     train, test = read_mapped(suite, spec, protocol)
     chosen = random_share(len(train), protocol.train_share, seed=seed)
-    batches = _Batches(train, chosen, batch_size=protocol.ims_per_batch, seed=seed)
+    loading = {"batch_size": protocol.ims_per_batch, "num_workers": suite.cfg.DATALOADER.NUM_WORKERS}
+    batches = training_batches(train, chosen, seed=seed, **loading)
     curve = _train(wrapped, cfg, suite.cfg, batches, seed=seed)
-    result = _evaluate(wrapped, spec, test, batch_size=protocol.ims_per_batch)
+    evaluator = build_evaluator(spec.test, output_dir=None)
+    result: Mapping[str, Mapping[str, float]] = inference_on_dataset(wrapped, make_loader(test, **loading), evaluator)
     figures = {f"{name}/{key}": float(value) for name, of in result.items() for key, value in of.items()}
     if protocol.metric not in figures:
         known = nearest(protocol.metric, figures)
@@ -240,40 +241,13 @@ def _train(model: nn.Module, cfg: CfgNode, suite_cfg: CfgNode, batches: Iterable
     return curve.values
 
 
-def _is_deterministic(cfg: CfgNode) -> bool:
+def is_deterministic(cfg: CfgNode) -> bool:
     """Whether a config's training images have no augmentation, so that each may be read once and kept."""
     if cfg.MODEL.META_ARCHITECTURE == "ImageClassifier":
         return False
     options = cfg.INPUT
     changes = options.RANDOM_FLIP != "none" or len(options.MIN_SIZE_TRAIN) > 1 or options.CROP.ENABLED
     return not (changes or options.COLOR_JITTER)
-
-
-class Mapped(Dataset[dict[str, Any]]):
-    """Records as their mapper makes them: kept in memory if they are always the same and small, else made each time.
-
-    Args:
-        fixed: whether the mapper gives the same for a record each time.
-        max_bytes: of the images of all records, judged by the first, up to which they are kept.
-    """
-
-    def __init__(
-        self, records: Sequence[dict[str, Any]], mapper: SourceMapper, *, fixed: bool, max_bytes: int = 1024**3
-    ):
-        self._records = records
-        self._mapper = mapper
-        keep = fixed and mapper(records[0], 0)["image"].nbytes * len(records) <= max_bytes
-        self._kept = [mapper(record, 0) for record in records] if keep else None
-
-    def __len__(self) -> int:
-        return len(self._records)
-
-    def __getitem__(self, index: Any) -> Any:
-        return self.draw(index, seed=0)
-
-    def draw(self, index: int, *, seed: int) -> dict[str, Any]:
-        """One record, augmented by ``seed``."""
-        return self._mapper(self._records[index], seed) if self._kept is None else self._kept[index]
 
 
 _mapped: dict[str, tuple[Mapped, Mapped]] = {}
@@ -290,27 +264,7 @@ def read_mapped(suite: Suite, spec: SetSpec, protocol: ProtocolSpec) -> tuple[Ma
             records = filter_images_with_only_crowd_annotations(records)
         train, test = (SourceMapper(spec.name, build_mapper(cfg, is_train=train)) for train in (True, False))
         _mapped[key] = (
-            Mapped(records, train, fixed=_is_deterministic(cfg)),
+            Mapped(records, train, fixed=is_deterministic(cfg)),
             Mapped(DatasetCatalog.get(spec.test), test, fixed=True),
         )
     return _mapped[key]
-
-
-class _Batches:
-    """Endless batches, shuffled epoch by epoch; a pure function of the seed."""
-
-    def __init__(self, data: Mapped, chosen: Sequence[int], *, batch_size: int, seed: int):
-        self._data = data
-        self._chosen = chosen
-        self._sampler = JointSampler(
-            streams={"": Shuffled(len(chosen), seed=(seed, ""))}, batch_sizes={"": batch_size}, seed=seed
-        )
-
-    def __iter__(self) -> Iterator[list[dict[str, Any]]]:
-        for draws in self._sampler:
-            yield [self._data.draw(self._chosen[draw.index], seed=draw.seed) for draw in draws]
-
-
-def _evaluate(model: nn.Module, spec: SetSpec, test: Mapped, *, batch_size: int) -> Mapping[str, Mapping[str, float]]:
-    batches: DataLoader[Any] = DataLoader(test, batch_size=batch_size, collate_fn=list)
-    return inference_on_dataset(model, batches, build_evaluator(spec.test, output_dir=None))

@@ -1,0 +1,64 @@
+"""Images of a downstream set as a model is trained and tested on them."""
+
+from collections.abc import Sequence
+from typing import Any
+
+from torch.utils.data import DataLoader, Dataset
+
+from ..data.loader import prepare_process, reading_processes
+from ..data.mappers import SourceMapper
+from ..data.samplers import Draw, JointSampler
+from ..data.streams import Shuffled
+
+
+class Mapped(Dataset[dict[str, Any]]):
+    """Records as their mapper makes them: kept in memory if they are always the same and small, else made each time.
+
+    Args:
+        fixed: whether the mapper gives the same for a record each time.
+        max_bytes: of the images of all records, judged by the first, up to which they are kept.
+    """
+
+    def __init__(
+        self, records: Sequence[dict[str, Any]], mapper: SourceMapper, *, fixed: bool, max_bytes: int = 1024**3
+    ):
+        self._records = records
+        self._mapper = mapper
+        self.is_kept = fixed and mapper(records[0], 0)["image"].nbytes * len(records) <= max_bytes
+        self._kept = [mapper(record, 0) for record in records] if self.is_kept else []
+
+    def __len__(self) -> int:
+        return len(self._records)
+
+    def __getitem__(self, index: Any) -> Any:
+        return self.draw(index, seed=0)
+
+    def draw(self, index: int, *, seed: int) -> dict[str, Any]:
+        """One record, augmented by ``seed``."""
+        return self._kept[index] if self.is_kept else self._mapper(self._records[index], seed)
+
+
+class _Drawn(Dataset[dict[str, Any]]):
+    """Some of the records, each as a draw of it says."""
+
+    def __init__(self, data: Mapped, chosen: Sequence[int]):
+        self._data = data
+        self._chosen = chosen
+
+    def __getitem__(self, draw: Draw) -> dict[str, Any]:
+        return self._data.draw(self._chosen[draw.index], seed=draw.seed)
+
+
+def training_batches(
+    data: Mapped, chosen: Sequence[int], *, batch_size: int, seed: int, num_workers: int
+) -> DataLoader[Any]:
+    """Endless batches, shuffled epoch by epoch; a pure function of the seed."""
+    streams = {"": Shuffled(len(chosen), seed=(seed, ""))}
+    sampler = JointSampler(streams=streams, batch_sizes={"": batch_size}, seed=seed)
+    return make_loader(_Drawn(data, chosen), batch_sampler=sampler, num_workers=0 if data.is_kept else num_workers)
+
+
+def make_loader(data: Dataset[dict[str, Any]], *, num_workers: int, **options: Any) -> DataLoader[Any]:
+    """Lists of records, read by processes of their own where these are not kept in memory."""
+    number = 0 if isinstance(data, Mapped) and data.is_kept else reading_processes(num_workers)
+    return DataLoader(data, num_workers=number, collate_fn=list, worker_init_fn=prepare_process, **options)
