@@ -13,19 +13,21 @@ from pathlib import Path
 
 import pytest
 import torch
+from processes import LONG
 
 from xlearner_d2.checkpoint.load import read_checkpoint
 
 ROOT = Path(__file__).resolve().parents[2]
 
 
-def start(project, *arguments, before=()):
+def start(project, *arguments, before=(), **options):
     return subprocess.Popen(
         [sys.executable, *before, str(ROOT / "train_net.py"), "--config-file", str(project.file), *map(str, arguments)],
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
         env={**os.environ, "DETECTRON2_DATASETS": str(project.root / "data")},
+        **options,
     )
 
 
@@ -54,6 +56,19 @@ def test_a_batch_that_workers_cannot_share_is_refused(project):
     assert "XLEARNER.SOURCES.pics.IMS_PER_BATCH is 3, but a positive number that 2 workers can share evenly" in output
     assert "Traceback" not in output
     assert not (project.root / "out").exists()
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_to_all_processes_of_a_run_is_one_to_the_run(project, number):
+    """As from a terminal or a scheduler: those that read images are needed until the step is finished."""
+    without_evaluation(project, steps=100_000)
+    process = start(project, "XLEARNER.STAGE", "expand", "DATALOADER.NUM_WORKERS", 2, start_new_session=True)
+    wait_for_checkpoint(project, "expand", process)
+    os.killpg(process.pid, number)
+    output = process.communicate(timeout=LONG)[0]
+    assert process.returncode == 128 + number, output[-3000:]
+    assert f"Stopped by {number.name} after step " in output
+    assert "Traceback" not in output
 
 
 def test_a_killed_run_goes_on_where_it_was(project):
@@ -137,16 +152,19 @@ def test_torchrun_starts_again_where_a_worker_was_killed(project, monkeypatch):
 
 
 def test_torchrun_that_is_stopped_saves_first(project):
-    """SIGTERM to torchrun itself, as from a scheduler whose time is up, in the squeeze; the next start ends the run."""
+    """SIGTERM to torchrun itself, as from a scheduler whose time is up, in the squeeze; the next start ends the run.
+
+    It sends the signal on to the processes that read images, too.
+    """
     without_evaluation(project, steps=4)
-    arguments = ("--resume", "XLEARNER.SQUEEZE.SOLVER.MAX_ITER", 100)
+    arguments = ("--resume", "XLEARNER.SQUEEZE.SOLVER.MAX_ITER", 30, "DATALOADER.NUM_WORKERS", 1)
     torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     process = start(project, *arguments, before=torchrun)
     wait_for_checkpoint(project, "squeeze", process)
     process.send_signal(signal.SIGTERM)
     output = process.communicate(timeout=300)[0]
     assert process.returncode != 0
-    stopped = re.search(r"Stopped by SIGTERM after step (\d+) of 100", output)
+    stopped = re.search(r"Stopped by SIGTERM after step (\d+) of 30", output)
     assert stopped, output[-3000:]
     assert not (project.root / "out/student_d2.pth").exists()
     finish(start(project, *arguments, before=torchrun))

@@ -23,7 +23,13 @@ def make_parser() -> argparse.ArgumentParser:
     """The command line."""
     parser = base_parser(__doc__ or "", jobs="cells")
     parser.add_argument("--suite", required=True, help="a YAML file, as those in configs/transfer")
-    parser.add_argument("--weights", nargs="+", default=["random=random"], metavar="NAME=PATH")
+    parser.add_argument(
+        "--weights",
+        nargs="+",
+        default=["random=random"],
+        metavar="NAME=PATH",
+        help="backbones: a file, {seed} in its path stands for each seed; FILE:TASK for a branch; random (the default)",
+    )
     parser.add_argument("--output", default="output/transfer", help="folder of the study (default: %(default)s)")
     parser.add_argument("--subject", help="the NAME or role that the report judges (default: the last NAME)")
     parser.add_argument("--dry-run", action="store_true", help="check the suite and all data, list the cells, stop")

@@ -1,8 +1,11 @@
 """Source-tagged batches: one pool of workers that reads every source's share of each step."""
 
+import functools
+import multiprocessing
 import os
 import signal
 from collections.abc import Mapping, Sequence
+from multiprocessing.util import Finalize
 from typing import Any
 
 import torch
@@ -60,6 +63,7 @@ def build_joint_train_loader(
         num_workers: see :func:`reading_processes`.
     """
     num_workers = reading_processes(num_workers)
+    kill_readers_at_exit(os.getpid())
     sampler = JointSampler(
         streams={s.name: build_stream(s, heads[s.name], records[s.name], seed=seed) for s in sources},
         batch_sizes={source.name: source.ims_per_batch for source in sources},
@@ -97,11 +101,29 @@ def start_at(loader: DataLoader[Any], step: int) -> None:
     loader.batch_sampler.start = step
 
 
+@functools.cache
+def kill_readers_at_exit(_process: int) -> None:
+    """At this process's end, which would send SIGTERM to those that read for it, and wait for them.
+
+    Args:
+        _process: its id, as a forked process has readers of its own.
+    """
+    Finalize(None, _kill_readers, exitpriority=10)
+
+
+def _kill_readers() -> None:
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's handler takes their end for a failure
+    for child in multiprocessing.active_children():
+        if child.daemon:
+            child.kill()
+
+
 def prepare_process(_worker: int) -> None:
     """What a loader's process does first."""
-    # Ctrl-C in a terminal reaches this process, too, but the one that trains needs it until its step is finished. Not
-    # so SIGTERM: it is how this process is ended.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    # Ctrl-C in a terminal reaches this process, too, and so does SIGTERM from torchrun or a scheduler, but the one that
+    # trains needs it until its step is finished.
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
     # Several workers with several threads each would fight over the processors that training needs.
     import cv2
 

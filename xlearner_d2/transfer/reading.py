@@ -1,11 +1,12 @@
 """Images of a downstream set as a model is trained and tested on them."""
 
+import os
 from collections.abc import Sequence
 from typing import Any
 
 from torch.utils.data import DataLoader, Dataset
 
-from ..data.loader import prepare_process, reading_processes
+from ..data.loader import kill_readers_at_exit, prepare_process, reading_processes
 from ..data.mappers import SourceMapper
 from ..data.samplers import Draw, JointSampler
 from ..data.streams import Shuffled
@@ -60,5 +61,6 @@ def training_batches(
 
 def make_loader(data: Dataset[dict[str, Any]], *, num_workers: int, **options: Any) -> DataLoader[Any]:
     """Lists of records, read by processes of their own where these are not kept in memory."""
+    kill_readers_at_exit(os.getpid())
     number = 0 if isinstance(data, Mapped) and data.is_kept else reading_processes(num_workers)
     return DataLoader(data, num_workers=number, collate_fn=list, worker_init_fn=prepare_process, **options)
