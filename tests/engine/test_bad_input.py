@@ -187,6 +187,20 @@ def test_all_problems_of_a_config_are_listed_at_once(project):
     assert str(caught.value).startswith("The configuration has 6 problems:\n  1. ")
 
 
+@pytest.mark.parametrize("where", ["SOLVER", "XLEARNER.SQUEEZE.SOLVER"])
+@pytest.mark.parametrize(
+    ("key", "value", "message"),
+    [
+        ("CHECKPOINT_PERIOD", 0, r"CHECKPOINT_PERIOD is 0, but a number of steps of at least 1 is expected"),
+        ("CHECKPOINT_PERIOD", -5, r"CHECKPOINT_PERIOD is -5, but a number of steps of at least 1 is expected"),
+        ("OPTIMIZER", "Adam", r"OPTIMIZER is 'Adam', but one of SGD, AdamW is expected"),
+    ],
+)
+def test_settings_of_both_solvers_that_would_end_a_run_midway(project, where, key, value, message):
+    with pytest.raises(ConfigError, match=rf"(?m)^  1\. {where}\.{message}"):
+        project.dry_run(f"{where}.{key}", value)
+
+
 def test_the_command_says_it_in_one_message_and_exits_with_an_error(project):
     set_source(project, "pics", TRAIN=["t_pic"])
     done = subprocess.run(
