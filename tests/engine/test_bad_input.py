@@ -201,6 +201,17 @@ def test_settings_of_both_solvers_that_would_end_a_run_midway(project, where, ke
         project.dry_run(f"{where}.{key}", value)
 
 
+def test_an_unknown_kind_of_clipping_is_refused_for_both_stages(project):
+    wrong = {"CLIP_GRADIENTS": {"CLIP_TYPE": "nrom"}}
+    project.content["SOLVER"] |= wrong
+    project.content["XLEARNER"]["SQUEEZE"]["SOLVER"] |= wrong
+    project.write(project.content)
+    with pytest.raises(ConfigError) as caught:
+        project.dry_run()
+    message = "CLIP_GRADIENTS.CLIP_TYPE is 'nrom', but one of value, norm, full_model is expected."
+    assert caught.value.problems == [f"SOLVER.{message}", f"XLEARNER.SQUEEZE.SOLVER.{message}"]
+
+
 def test_the_command_says_it_in_one_message_and_exits_with_an_error(project):
     set_source(project, "pics", TRAIN=["t_pic"])
     done = subprocess.run(

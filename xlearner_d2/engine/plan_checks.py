@@ -13,7 +13,7 @@ from ..modeling.heads import COMPILED_HINT, has_compiled_operators
 from ..settings import SHARING, STAGES
 from ..specs import SourceSpec, one_of
 from .drawn import check_sampling
-from .optimizer import OPTIMIZERS
+from .optimizer import CLIP_TYPES, OPTIMIZERS
 from .scaling import check_timeouts
 from .squeeze_settings import check_squeeze
 
@@ -49,6 +49,10 @@ def _check_solver(solver: CfgNode, where: str) -> list[str]:
     period = solver.get("CHECKPOINT_PERIOD", 1)
     if not isinstance(period, int) or period < 1:
         problems.append(f"{where}.CHECKPOINT_PERIOD is {period!r}, but a number of steps of at least 1 is expected.")
+    clip = solver.get("CLIP_GRADIENTS", {}).get("CLIP_TYPE", CLIP_TYPES[0])
+    if clip not in CLIP_TYPES:
+        expected = f"one of {', '.join(CLIP_TYPES)} is expected"
+        problems.append(f"{where}.CLIP_GRADIENTS.CLIP_TYPE is {clip!r}, but {expected}.")
     return problems
 
 
