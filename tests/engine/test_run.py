@@ -11,6 +11,7 @@ from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.modeling import build_model
 
 from xlearner_d2.checkpoint.load import read_checkpoint
+from xlearner_d2.engine.plan import squeeze_config
 from xlearner_d2.engine.steps import StepTrainer
 from xlearner_d2.specs import ConfigError
 
@@ -104,6 +105,14 @@ def test_a_finished_run_is_not_run_again(finished):
     metrics = finished.run(resume=True)
     assert (finished.root / "out/expanded.pth").stat().st_mtime_ns == before
     assert metrics["expanded"] == finished.metrics["expanded"]
+
+
+def test_what_the_squeeze_does_not_say_is_as_in_the_expansion(project):
+    project.content["XLEARNER"]["SQUEEZE"]["SOLVER"] |= {"CLIP_GRADIENTS": {"CLIP_VALUE": 2.0}}
+    project.write(project.content)
+    solver = squeeze_config(project.load()).SOLVER
+    clip = solver.CLIP_GRADIENTS
+    assert (clip.ENABLED, clip.CLIP_TYPE, clip.CLIP_VALUE, solver.WARMUP_ITERS) == (True, "norm", 2.0, 1)
 
 
 def test_eval_only_equals_the_evaluation_after_training(finished):

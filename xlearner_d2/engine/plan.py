@@ -120,7 +120,7 @@ def squeeze_config(cfg: CfgNode) -> CfgNode:
     """The project's config with ``XLEARNER.SQUEEZE.SOLVER`` merged into ``SOLVER``."""
     cfg = cfg.clone()
     cfg.defrost()
-    cfg.SOLVER.merge_from_list([item for pair in cfg.XLEARNER.SQUEEZE.SOLVER.items() for item in pair])
+    cfg.SOLVER.merge_from_other_cfg(cfg.XLEARNER.SQUEEZE.SOLVER)
     return cfg
 
 
