@@ -80,7 +80,8 @@ def voc_without_what_its_evaluation_reads(project):
     item = "<object><name>cat</name><bndbox><xmin>1</xmin><ymin>1</ymin><xmax>9</xmax><ymax>9</ymax></bndbox></object>"
     text = f"<annotation><size><width>64</width><height>64</height></size>{item}</annotation>"
     (project.root / "data/voc/Annotations/a.xml").write_text(text)
-    set_source(project, "boxes", TEST=["t_voc"])
+    opts = project.content["XLEARNER"]["SOURCES"]["boxes"]["OPTS"]
+    set_source(project, "boxes", TEST=["t_voc"], OPTS=[*opts, "MODEL.MASK_ON", False])
 
 
 def dilated_neighbour(project):
@@ -131,6 +132,10 @@ CASES = {
     "no annotation at all": (
         lambda p: rewrite_json(p, lambda content: content.update(annotations=[])),
         r"SOURCES\.boxes\.TRAIN \['t_boxes'\]: no image has an annotation",
+    ),
+    "object without a mask": (
+        lambda p: rewrite_json(p, lambda content: content["annotations"][6].pop("segmentation")),
+        r"SOURCES\.boxes\.TRAIN \['t_boxes'\]: 1 of 8 objects have no mask \(segmentation\), as in .*boxes/6\.png, but",
     ),
     "two sources of one name": (duplicate_source, r"config\.yaml: XLEARNER\.SOURCES\.pics is given twice"),
     "other classes in test": (other_classes, r"source pics.*'cat'.*'cow'"),
