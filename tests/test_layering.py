@@ -79,6 +79,7 @@ ALLOWED: dict[str, set[str]] = {
         "specs",
         "settings",
         "checkpoint.load",
+        "checkpoint.stored",
         "modeling.branches",
         "modeling.expanded",
         "modeling.necks",

@@ -87,6 +87,8 @@ def boxes(*classes: int) -> dict[str, Any]:
 
 def test_the_classes_of_any_kind_of_record() -> None:
     assert classes_of({"category_id": 3}) == {3}
+    assert classes_of({"category_ids": [2, 0]}) == {0, 2}
+    assert classes_of({"category_ids": []}) == set()
     assert classes_of(boxes(1, 2, 1)) == {1, 2}
     assert classes_of({"segments_info": [{"category_id": 7}]}) == {7}
     assert classes_of({"sem_seg_file_name": "x.png"}) == set()
@@ -97,6 +99,17 @@ def test_class_aware_by_label_and_by_box() -> None:
     stream = build_stream(source(sampler="class_aware"), head(), records, seed=0)
     assert isinstance(stream, ClassAware)
     assert Counter(stream.draw(p)[0] for p in range(12)) == {0: 2, 1: 2, 2: 2, 3: 6}
+
+
+def test_samplers_go_by_every_label_of_an_image() -> None:
+    records = [{"category_ids": ids} for ids in ([0], [0], [0, 5], [])]
+    stream = build_stream(source(sampler="class_aware"), head(), records, seed=0)
+    # All 6 turns of class 5 and a third of those of class 0 show the image of both.
+    assert Counter(stream.draw(p)[0] for p in range(12)) == {0: 2, 1: 2, 2: 8}
+    options = head("DATALOADER.REPEAT_THRESHOLD", 1.0)
+    repeating = build_stream(source(sampler="repeat_factor"), options, records, seed=0)
+    assert isinstance(repeating, RepeatFactor)
+    assert repeating.length == 5  # 1.15 + 1.15 for class 0 in 3 of 4 images, 2 for class 5 in one, 1 without a label
 
 
 def test_repeat_factors_are_those_of_detectron2() -> None:

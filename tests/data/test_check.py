@@ -159,6 +159,16 @@ def test_few_degenerate_boxes_are_tolerated(tmp_path: Path, caplog: pytest.LogCa
     assert len(check(records)) == 2
 
 
+def test_label_images_without_a_label_are_told_about(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    records = make_records(tmp_path)
+    assert check(records) == []
+    assert caplog.text == ""
+    relabel(np.full((8, 12), 255, np.uint8))(records)
+    assert check(records) == []
+    wanted = f"nothing is learned from 1 of the 3 label images that were decoded: {records[1]['sem_seg_file_name']} has"
+    assert f"data set 'set': {wanted} the label 255 alone, which is ignored." in caplog.text
+
+
 def test_turned_by_exif_like_detectron2(tmp_path: Path) -> None:
     (record,) = make_records(tmp_path, 1)
     exif = Image.Exif()

@@ -80,7 +80,8 @@ def voc_without_what_its_evaluation_reads(project):
     item = "<object><name>cat</name><bndbox><xmin>1</xmin><ymin>1</ymin><xmax>9</xmax><ymax>9</ymax></bndbox></object>"
     text = f"<annotation><size><width>64</width><height>64</height></size>{item}</annotation>"
     (project.root / "data/voc/Annotations/a.xml").write_text(text)
-    set_source(project, "boxes", TEST=["t_voc"])
+    opts = project.content["XLEARNER"]["SOURCES"]["boxes"]["OPTS"]
+    set_source(project, "boxes", TEST=["t_voc"], OPTS=[*opts, "MODEL.MASK_ON", False])
 
 
 def dilated_neighbour(project):
@@ -131,6 +132,10 @@ CASES = {
     "no annotation at all": (
         lambda p: rewrite_json(p, lambda content: content.update(annotations=[])),
         r"SOURCES\.boxes\.TRAIN \['t_boxes'\]: no image has an annotation",
+    ),
+    "object without a mask": (
+        lambda p: rewrite_json(p, lambda content: content["annotations"][6].pop("segmentation")),
+        r"SOURCES\.boxes\.TRAIN \['t_boxes'\]: 1 of 8 objects have no mask \(segmentation\), as in .*boxes/6\.png, but",
     ),
     "two sources of one name": (duplicate_source, r"config\.yaml: XLEARNER\.SOURCES\.pics is given twice"),
     "other classes in test": (other_classes, r"source pics.*'cat'.*'cow'"),
@@ -185,6 +190,31 @@ def test_all_problems_of_a_config_are_listed_at_once(project):
         project.run("XLEARNER.SHARING", "joined", "XLEARNER.SQUEEZE.DISTANCE", "far", "XLEARNER.COMPILE", "inductr")
     assert len(caught.value.problems) == 6
     assert str(caught.value).startswith("The configuration has 6 problems:\n  1. ")
+
+
+@pytest.mark.parametrize("where", ["SOLVER", "XLEARNER.SQUEEZE.SOLVER"])
+@pytest.mark.parametrize(
+    ("key", "value", "message"),
+    [
+        ("CHECKPOINT_PERIOD", 0, r"CHECKPOINT_PERIOD is 0, but a number of steps of at least 1 is expected"),
+        ("CHECKPOINT_PERIOD", -5, r"CHECKPOINT_PERIOD is -5, but a number of steps of at least 1 is expected"),
+        ("OPTIMIZER", "Adam", r"OPTIMIZER is 'Adam', but one of SGD, AdamW is expected"),
+    ],
+)
+def test_settings_of_both_solvers_that_would_end_a_run_midway(project, where, key, value, message):
+    with pytest.raises(ConfigError, match=rf"(?m)^  1\. {where}\.{message}"):
+        project.dry_run(f"{where}.{key}", value)
+
+
+def test_an_unknown_kind_of_clipping_is_refused_for_both_stages(project):
+    wrong = {"CLIP_GRADIENTS": {"CLIP_TYPE": "nrom"}}
+    project.content["SOLVER"] |= wrong
+    project.content["XLEARNER"]["SQUEEZE"]["SOLVER"] |= wrong
+    project.write(project.content)
+    with pytest.raises(ConfigError) as caught:
+        project.dry_run()
+    message = "CLIP_GRADIENTS.CLIP_TYPE is 'nrom', but one of value, norm, full_model is expected."
+    assert caught.value.problems == [f"SOLVER.{message}", f"XLEARNER.SQUEEZE.SOLVER.{message}"]
 
 
 def test_the_command_says_it_in_one_message_and_exits_with_an_error(project):

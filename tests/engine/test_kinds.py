@@ -154,6 +154,24 @@ def test_wrong_setting_of_a_kind(fresh: Project, kind: str, opts: list[Any], mat
         dry_run(fresh, kind, *opts)
 
 
+def test_objects_without_keypoints(fresh: Project) -> None:
+    """In one image with an object that has them, so that it is not left out."""
+    path = fresh.root / "data/keypoints.json"
+    content = json.loads(path.read_text())
+    bare = {key: value for key, value in content["annotations"][2].items() if key != "keypoints"}
+    content["annotations"] += [{**bare, "id": 90}, {**bare, "id": 91, "iscrowd": 1}]
+    wanted = (
+        r"points\.TRAIN \['k_points'\]: 1 of 5 objects have no keypoints \(keypoints\), as in .*2\.jpg, but MODEL\.K"
+    )
+    change(fresh, {"points": KINDS["points"]})
+    path.write_text(json.dumps(content))
+    with pytest.raises(ConfigError, match=wanted):
+        fresh.dry_run()
+    content["annotations"][-2]["keypoints"] = [0] * 9
+    path.write_text(json.dumps(content))
+    assert fresh.dry_run()
+
+
 def test_boxes_for_a_classifier_of_one_label(fresh: Project) -> None:
     match = r"labels: the data set 'k_boxes' has no classes, which ImageClassifier .*MODEL\.CLASSIFIER\.MULTI_LABEL"
     with pytest.raises(ConfigError, match=match):

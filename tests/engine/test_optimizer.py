@@ -11,7 +11,7 @@ from detectron2.solver.build import maybe_add_gradient_clipping
 from torch import nn
 
 from xlearner_d2 import add_xlearner_config
-from xlearner_d2.engine.optimizer import clip_each_norm, clip_each_value, make_optimizer
+from xlearner_d2.engine.optimizer import clip_each_norm, clip_each_value, clip_joint_norm, make_optimizer
 
 
 def config(*opts: Any) -> CfgNode:
@@ -59,6 +59,8 @@ CLIPPING = [
     ],
 ]
 
+FULL_MODEL = ["SOLVER.CLIP_GRADIENTS.ENABLED", True, "SOLVER.CLIP_GRADIENTS.CLIP_TYPE", "full_model"]
+
 
 @pytest.mark.parametrize("kind", [["SGD"], ["SGD", "SOLVER.NESTEROV", True, "SOLVER.BIAS_LR_FACTOR", 2.0], ["AdamW"]])
 @pytest.mark.parametrize("clipping", CLIPPING)
@@ -81,7 +83,7 @@ def test_steps_are_those_of_detectron2(kind: list[Any], clipping: list[Any]) -> 
 
 
 @pytest.mark.parametrize("kind", ["SGD", "AdamW"])
-@pytest.mark.parametrize("clipping", CLIPPING)
+@pytest.mark.parametrize("clipping", [*CLIPPING, FULL_MODEL])
 def test_a_loss_scaler_changes_nothing(kind: str, clipping: list[Any]) -> None:
     """Fused optimisers get scaled gradients, so the limit has to be scaled as well."""
     cfg = config("SOLVER.OPTIMIZER", kind, *clipping)
@@ -101,8 +103,9 @@ def test_a_loss_scaler_changes_nothing(kind: str, clipping: list[Any]) -> None:
         torch.testing.assert_close(mine, other, rtol=1e-4, atol=1e-6)
 
 
-def test_a_scaler_skips_a_step_with_infinite_gradients() -> None:
-    cfg = config("SOLVER.OPTIMIZER", "AdamW", *CLIPPING[2])
+@pytest.mark.parametrize("clipping", [CLIPPING[2], FULL_MODEL])
+def test_a_scaler_skips_a_step_with_infinite_gradients(clipping: list[Any]) -> None:
+    cfg = config("SOLVER.OPTIMIZER", "AdamW", *clipping)
     model = network()
     before = copy.deepcopy(model.state_dict())
     scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
@@ -126,6 +129,32 @@ def test_clipping_limits_each_gradient_by_itself() -> None:
         torch.testing.assert_close(gradient / gradient.norm(), old / old.norm())
     clip_each_value(gradients, 0.1)
     assert max(gradient.abs().max().item() for gradient in gradients) == pytest.approx(0.1)
+
+
+@pytest.mark.parametrize("norm_type", [1.0, 2.0, float("inf")])
+@pytest.mark.parametrize("limit", [0.5, 1e6])
+def test_joint_clipping_is_that_of_torch(norm_type: float, limit: float) -> None:
+    generator = torch.Generator().manual_seed(0)
+    parameters = [nn.Parameter(torch.zeros(size)) for size in (3, 40, 7)]
+    for factor, parameter in zip((0.01, 1.0, 100.0), parameters, strict=True):
+        parameter.grad = factor * torch.randn(parameter.shape, generator=generator)
+    gradients = [parameter.grad.clone() for parameter in parameters if parameter.grad is not None]
+    torch.nn.utils.clip_grad_norm_(parameters, limit, norm_type=norm_type)
+    clip_joint_norm(gradients, limit, norm_type=norm_type)
+    for mine, parameter in zip(gradients, parameters, strict=True):
+        torch.testing.assert_close(mine, parameter.grad)
+
+
+def test_the_config_asks_for_joint_clipping() -> None:
+    """Gradients of one norm each: together they are limited to the norm that each alone would be."""
+    cfg = config("SOLVER.OPTIMIZER", "SGD", *FULL_MODEL, "SOLVER.CLIP_GRADIENTS.CLIP_VALUE", 1.0)
+    model = network()
+    optimizer = make_optimizer(cfg, model)
+    for parameter in model.parameters():
+        parameter.grad = torch.full_like(parameter, 10.0)
+    optimizer.step()
+    joint = torch.stack([p.grad.norm() for p in model.parameters() if p.grad is not None]).norm()
+    assert joint.item() == pytest.approx(1.0, rel=1e-5)
 
 
 def test_frozen_parameters_and_parameters_without_gradient_stay() -> None:

@@ -11,6 +11,7 @@ from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.modeling import build_model
 
 from xlearner_d2.checkpoint.load import read_checkpoint
+from xlearner_d2.engine.plan import squeeze_config
 from xlearner_d2.engine.steps import StepTrainer
 from xlearner_d2.specs import ConfigError
 
@@ -106,8 +107,62 @@ def test_a_finished_run_is_not_run_again(finished):
     assert metrics["expanded"] == finished.metrics["expanded"]
 
 
+def test_what_the_squeeze_does_not_say_is_as_in_the_expansion(project):
+    project.content["XLEARNER"]["SQUEEZE"]["SOLVER"] |= {"CLIP_GRADIENTS": {"CLIP_VALUE": 2.0}}
+    project.write(project.content)
+    solver = squeeze_config(project.load()).SOLVER
+    clip = solver.CLIP_GRADIENTS
+    assert (clip.ENABLED, clip.CLIP_TYPE, clip.CLIP_VALUE, solver.WARMUP_ITERS) == (True, "norm", 2.0, 1)
+
+
 def test_eval_only_equals_the_evaluation_after_training(finished):
     assert finished.run(eval_only=True)["expanded"] == finished.metrics["expanded"]
+
+
+OTHER = {
+    "MODEL.RESNETS.STRIDE_IN_1X1": (False, r"STRIDE_IN_1X1 is False, but the expanded model .*/expanded\.pth .* True"),
+    "INPUT.FORMAT": ("RGB", r"INPUT\.FORMAT is 'RGB', but the expanded model .*/expanded\.pth was trained with 'BGR'"),
+    "MODEL.PIXEL_MEAN": (
+        [1.0, 2.0, 3.0],
+        r"PIXEL_MEAN is \[1\.0, 2\.0, 3\.0\], but .* was trained with \[103\.53, 116",
+    ),
+    "MODEL.PIXEL_STD": ([58.0, 57.0, 57.0], r"PIXEL_STD is \[58\.0, 57\.0, 57\.0\], but .* was trained with \[1\.0, 1"),
+}
+
+
+@pytest.mark.parametrize("key", OTHER)
+def test_an_expanded_model_is_used_as_it_was_trained(finished, key):
+    value, message = OTHER[key]
+    teacher = ["XLEARNER.SQUEEZE.TEACHER", finished.root / "out/expanded.pth"]
+    other = finished.root / "other"
+    for options in (["XLEARNER.STAGE", "squeeze"], []):
+        with pytest.raises(ConfigError, match=message):
+            finished.run(*options, *teacher, key, value, "OUTPUT_DIR", other)
+    with pytest.raises(ConfigError, match=message):
+        finished.run(key, value, eval_only=True)
+    before = (finished.root / "out/config.yaml").read_text()
+    with pytest.raises(ConfigError, match=message):
+        finished.run(key, value, resume=True)
+    assert (finished.root / "out/config.yaml").read_text() == before
+    assert not other.exists()
+
+
+def test_an_expanded_model_of_another_convention_is_a_start_with_a_warning(finished, project):
+    """As a ResNet of another convention is, from which one goes on learning."""
+    start = ["MODEL.WEIGHTS", finished.root / "out/expanded.pth", "MODEL.RESNETS.STRIDE_IN_1X1", False]
+    without_extras(project).run("XLEARNER.STAGE", "expand", *start)
+    log = (project.root / "out/log.txt").read_text()
+    assert re.search(
+        r"WARNING.* MODEL.RESNETS.STRIDE_IN_1X1 is False, but MODEL.WEIGHTS .*expanded.pth was trained with True", log
+    )
+
+
+def test_an_expanded_model_that_does_not_say_how_it_was_trained_is_taken(finished, project):
+    other = without_extras(project)
+    torch.save({"model": weights(finished.root / "out/expanded.pth")}, other.root / "bare.pth")
+    options = ["XLEARNER.SQUEEZE.TEACHER", other.root / "bare.pth", "MODEL.PIXEL_STD", [58.0, 57.0, 57.0]]
+    other.run("XLEARNER.STAGE", "squeeze", *options)
+    assert (other.root / "out/student_d2.pth").is_file()
 
 
 def test_stages_run_one_after_the_other_equal_both_at_once(finished, project):

@@ -56,6 +56,19 @@ def test_the_squeeze_has_its_own_solver_scaled(tiny_cfg):
     assert dict(found) == {"BASE_LR": 1.0, "MAX_ITER": 50}
 
 
+@given(steps=st.integers(0, 20), reference=st.integers(1, 8), workers=st.integers(1, 64))
+def test_some_steps_stay_some_and_none_stay_none(tiny_cfg_once, steps, reference, workers):
+    """A checkpoint every 3 steps of 1 worker is one every step of 8; a run that never evaluates does not start to."""
+    cfg = written_for(tiny_cfg_once, reference, CHECKPOINT_PERIOD=steps, MAX_ITER=steps)
+    cfg.XLEARNER.SQUEEZE.SOLVER = CfgNode({"CHECKPOINT_PERIOD": steps})
+    cfg.TEST.EVAL_PERIOD = steps
+    cfg.XLEARNER.SOURCES = CfgNode()
+    found = scale_to_workers(cfg, workers)
+    scaled = max(round(steps / (workers / reference)), 1) if steps else 0
+    got = [found.SOLVER.CHECKPOINT_PERIOD, found.SOLVER.MAX_ITER, found.TEST.EVAL_PERIOD]
+    assert [*got, found.XLEARNER.SQUEEZE.SOLVER.CHECKPOINT_PERIOD] == [scaled] * 4
+
+
 def test_a_batch_that_the_reference_could_not_share(tiny_cfg):
     tiny_cfg.XLEARNER.SOURCES.pics.IMS_PER_BATCH = 3
     with pytest.raises(

@@ -83,9 +83,20 @@ def test_two_workers_hold_one_state(project, method):
 )
 def test_bad_settings(project, options, message):
     with pytest.raises(ConfigError, match=message):
-        project.dry_run(f"XLEARNER.WEIGHTING.{options[0]}", options[1])
+        project.dry_run("XLEARNER.WEIGHTING.METHOD", "dwa", f"XLEARNER.WEIGHTING.{options[0]}", options[1])
+
+
+ALTERNATING = ["XLEARNER.STEPS", "alternating"]
 
 
 def test_a_window_holds_a_round(project):
+    options = [*ALTERNATING, "XLEARNER.WEIGHTING.METHOD", "dwa", "XLEARNER.WEIGHTING.WINDOW"]
     with pytest.raises(ConfigError, match=r"WINDOW is 2, but a number of at least 3, a round of alternating steps,"):
-        project.dry_run("XLEARNER.WEIGHTING.WINDOW", 2, "XLEARNER.STEPS", "alternating")
+        project.dry_run(*options, 2)
+    # Sources of one size: 4 of 12 steps each, which is every third one.
+    assert project.dry_run(*options, 3, "XLEARNER.SAMPLING.IMS_PER_BATCH", 12)
+
+
+def test_fixed_weights_have_no_window(project):
+    assert project.dry_run(*ALTERNATING, "XLEARNER.SAMPLING.IMS_PER_BATCH", 128)
+    assert project.dry_run(*ALTERNATING, "XLEARNER.WEIGHTING.WINDOW", 2)

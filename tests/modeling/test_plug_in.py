@@ -1,5 +1,6 @@
 """A branch of an expanded checkpoint as the backbone of ordinary Detectron2 configs."""
 
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -207,6 +208,16 @@ def test_frozen_norm(saved: Saved, tiny_cfg: CfgNode) -> None:
     branch = branch_in(build_model(user_cfg(FPN, path, tiny_cfg, "MODEL.RESNETS.NORM", "FrozenBN")))
     assert not [module for module in branch.modules() if isinstance(module, nn.BatchNorm2d)]
     assert_same_features(branch.train(), expanded, "detection")  # in training, too
+
+
+@pytest.mark.parametrize(
+    ("key", "value"), [("INPUT.FORMAT", "RGB"), ("MODEL.PIXEL_MEAN", [1.0, 2.0, 3.0]), ("MODEL.PIXEL_STD", [58.0] * 3)]
+)
+def test_images_have_to_be_as_the_branch_knows_them(saved: Saved, tiny_cfg: CfgNode, key: str, value: Any) -> None:
+    _, path = saved()
+    wanted = rf"{key} is {re.escape(repr(value))}, but the expanded model .*expanded\.pth was trained with "
+    with pytest.raises(ConfigError, match=wanted):
+        build_model(user_cfg(FPN, path, tiny_cfg, key, value))
 
 
 def test_unknown_task_names_the_nearest(saved: Saved, tiny_cfg: CfgNode) -> None:

@@ -53,9 +53,11 @@ def share_images(total: int, sizes: Mapping[str, int], *, temperature: float, wo
 
 
 def classes_of(record: Record) -> set[int]:
-    """Classes that a record's labels name: of the image, of its boxes or of its panoptic segments."""
+    """Classes that a record's labels name: one or several of the image, of its boxes or of its panoptic segments."""
     if "category_id" in record:
         return {record["category_id"]}
+    if "category_ids" in record:
+        return set(record["category_ids"])
     parts = [*record.get("annotations", ()), *record.get("segments_info", ())]
     return {part["category_id"] for part in parts}
 

@@ -34,6 +34,7 @@ TOLERATED_BOXES = 1e-4
 BOX_MARGIN = 1.0
 
 _BOX_KIND = "boxes that are empty or outside their image"
+_UNLABELLED_KIND = "label images without a label"
 _FILE_KEYS = ("file_name", "sem_seg_file_name", "pan_seg_file_name", "depth_file_name")
 # What Pillow's decoders raise for damaged files, depending on the format.
 _DECODE_ERRORS = (
@@ -80,6 +81,7 @@ def check_records(name: str, records: Sequence[Record], metadata: Metadata, *, m
     for findings in _run(lambda record: _decode(record, metadata), present, f"Decoding images of {name}"):
         for kind, text in findings:
             problems.add(kind, text)
+    _tell_unlabelled(problems, len(present))
     return problems.lines()
 
 
@@ -244,6 +246,13 @@ def _decode(record: Record, metadata: Metadata) -> list[Finding]:
     return findings
 
 
+def _tell_unlabelled(problems: Problems, decoded: int) -> None:
+    """Label images in which every pixel is ignored are no error, as crops of others are such, but of no use."""
+    if found := problems.pop(_UNLABELLED_KIND):
+        text = "%s: nothing is learned from %d of the %d label images that were decoded: %s"
+        logger.warning(text, problems.subject, len(found), decoded, found[0])
+
+
 def _words(error: BaseException) -> str:
     if isinstance(error, UnidentifiedImageError):  # its own words name an object in memory
         return "it is in no known image format"
@@ -278,6 +287,8 @@ def _check_label(file: str, size: tuple[int, int], metadata: Metadata) -> list[F
         findings.append(("labels of a wrong size", text))
     num_classes, ignored = len(metadata.get("stuff_classes", ())), metadata.get("ignore_label", 255)
     counts = image.histogram()
+    if {value for value, count in enumerate(counts) if count} == {ignored}:
+        findings.append((_UNLABELLED_KIND, f"{file} has the label {ignored} alone, which is ignored."))
     wrong = [value for value in range(num_classes, len(counts)) if counts[value] and value != ignored]
     if wrong:
         got = ", ".join(f"{value} ({counts[value]} pixels)" for value in wrong[:5])

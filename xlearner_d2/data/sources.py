@@ -16,6 +16,11 @@ from .proposals import proposal_files, with_proposals
 from .subset import share_of_records
 
 Records = list[dict[str, Any]]
+#: Setting of a head that learns something of every object -> where an object has it, in words, and a cure.
+_LEARNED = {
+    "MASK_ON": ("segmentation", "mask", "add it"),
+    "KEYPOINT_ON": ("keypoints", "keypoints", "add them, as zeros where they are not known"),
+}
 
 
 @dataclass(frozen=True)
@@ -119,7 +124,7 @@ def source_data(source: SourceSpec, head: CfgNode, records: Mapping[str, Records
         seed: of what ``TRAIN_SHARE`` draws.
 
     Raises:
-        ConfigError: when proposals are missing, or no image has what the head learns from.
+        ConfigError: when proposals are missing, or no image or not every object has what the head learns from.
     """
     train_files, test_files = proposal_files(source, head)
 
@@ -127,7 +132,10 @@ def source_data(source: SourceSpec, head: CfgNode, records: Mapping[str, Records
         return with_proposals(name, records[name], files[name]) if files else records[name]
 
     train = [record for name in source.train for record in read(name, train_files)]
-    train = share_of_records(_usable(train, source, head), source.train_share, seed=seed)
+    train = _usable(train, source, head)
+    if problems := _incomplete_objects(train, source, head):
+        raise ConfigError(problems, what="The data")
+    train = share_of_records(train, source.train_share, seed=seed)
     return SourceData(
         train=_without_masks(train) if not (head.MODEL.MASK_ON or head.INPUT.MAPPER) else train,
         test={name: read(name, test_files) for name in source.test},
@@ -136,7 +144,7 @@ def source_data(source: SourceSpec, head: CfgNode, records: Mapping[str, Records
 
 def _usable(records: Records, source: SourceSpec, head: CfgNode) -> Records:
     """The images that Detectron2 would train on."""
-    where = f"XLEARNER.SOURCES.{source.name}.TRAIN {list(source.train)}"
+    where = _train_setting(source)
     if not records or "annotations" not in records[0] or not head.DATALOADER.FILTER_EMPTY_ANNOTATIONS:
         return records
     if head.MODEL.META_ARCHITECTURE == "ImageClassifier":  # of which an image may have no class
@@ -152,6 +160,31 @@ def _usable(records: Records, source: SourceSpec, head: CfgNode) -> Records:
         )
         raise ConfigError([message], what="The data")
     return kept
+
+
+def _incomplete_objects(records: Records, source: SourceSpec, head: CfgNode) -> list[str]:
+    """Detectron2's mapper takes the first object of an image for all, and heads fail at images that differ in it."""
+    if head.INPUT.MAPPER or head.MODEL.META_ARCHITECTURE == "ImageClassifier":  # which may need nothing of the kind
+        return []
+    problems = []
+    learned = {setting: of for setting, of in _LEARNED.items() if head.MODEL[setting]}
+    for setting, (key, name, cure) in learned.items():
+        lacking = [record["file_name"] for record in records for it in _objects(record) if key not in it]
+        if lacking:
+            total = sum(len(_objects(record)) for record in records)
+            lack = f"{len(lacking)} of {total} objects have no {name} ({key}), as in {lacking[0]}"
+            wish = f"MODEL.{setting} needs that of each: {cure}, or set MODEL.{setting} False in OPTS"
+            problems.append(f"{_train_setting(source)}: {lack}, but {wish}.")
+    return problems
+
+
+def _objects(record: dict[str, Any]) -> Records:
+    """Those of a record that are learned from: all but crowds."""
+    return [it for it in record.get("annotations", ()) if not it.get("iscrowd", 0)]
+
+
+def _train_setting(source: SourceSpec) -> str:
+    return f"XLEARNER.SOURCES.{source.name}.TRAIN {list(source.train)}"
 
 
 def _without_masks(records: Records) -> Records:

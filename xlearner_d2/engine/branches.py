@@ -8,8 +8,9 @@ import torch
 from detectron2.config import CfgNode
 from torch import Tensor
 
-from ..checkpoint.load import check_resnet, load_resnet, load_strictly, read_checkpoint
+from ..checkpoint.load import LoadReport, check_resnet, load_resnet, load_strictly, read_checkpoint
 from ..checkpoint.pixels import PixelConvention
+from ..checkpoint.stored import CONVENTION_KEYS, check_convention, differing_settings, stored_config
 from ..modeling import XLearner
 from ..modeling.branches import DEPTHS, Branch, BranchSpec, branch_config, build_branch, network_name, with_network
 from ..modeling.expanded import STAGES, TRUNK, build_expanded_backbone
@@ -198,6 +199,17 @@ def shapes(network: torch.nn.Module) -> dict[str, torch.Size]:
     return {name: value.shape for name, value in network.state_dict().items()}
 
 
+def load_expanded(model: XLearner, cfg: CfgNode, path: Path) -> LoadReport:
+    """Load an expanded checkpoint that is used as it is, strictly and by a config that agrees with its own.
+
+    Raises:
+        ConfigError: naming each tensor or setting that differs.
+    """
+    checkpoint = read_checkpoint(path)
+    check_convention(cfg, checkpoint, path)
+    return load_strictly(model, checkpoint["model"], path=path)
+
+
 def initialise_branches(model: XLearner, cfg: CfgNode, specs: Sequence[BranchSpec]) -> None:
     """Start from ``MODEL.WEIGHTS``, an expanded checkpoint as a whole or one file for all branches, or each its own.
 
@@ -207,8 +219,10 @@ def initialise_branches(model: XLearner, cfg: CfgNode, specs: Sequence[BranchSpe
     weights = cfg.MODEL.WEIGHTS
     whole = bool(weights) and is_expanded(weights)
     if whole:
-        state = read_checkpoint(weights)["model"]
-        report = load_strictly(model, _from_trunk(model, state), path=weights)
+        checkpoint = read_checkpoint(weights)
+        for problem in differing_settings(cfg, stored_config(checkpoint), CONVENTION_KEYS, f"MODEL.WEIGHTS {weights}"):
+            logger.warning(f"{problem} Features differ until trained.")
+        report = load_strictly(model, _from_trunk(model, checkpoint["model"]), path=weights)
         logger.info(f"Starting from the expanded model {weights}: {report}.")
     for name, branch in model.backbone.branches.items():
         setting, path = start_of(cfg, specs, name)

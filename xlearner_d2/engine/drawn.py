@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 from detectron2.config import CfgNode
 
 from ..data.balance import share_images
+from ..data.samplers import Turns
 from ..data.sources import SourceData
 from ..modeling.weighting import METHODS
 from ..settings import STEPS
@@ -18,11 +19,16 @@ class Drawn:
 
     Attributes:
         sources: with the images of a step that draws from each.
-        turns: by source, how many steps of a round are its own; empty when every step draws from every source.
+        turns: by source, how many of so many steps are its own; empty when every step draws from every source.
     """
 
     sources: tuple[SourceSpec, ...]
     turns: Mapping[str, int]
+
+    @property
+    def round_length(self) -> int:
+        """After how many steps the sources have their turns anew; 1 when every step draws from every source."""
+        return max(1, len(Turns(tuple(self.turns), self.turns).round))
 
     def part(self, source: SourceSpec) -> float:
         """The part of the steps that draw from a source."""
@@ -52,8 +58,8 @@ def check_weighting(cfg: CfgNode, drawn: Mapping[str, Drawn]) -> list[str]:
     if not weighting.TEMPERATURE > 0:
         got = f"XLEARNER.WEIGHTING.TEMPERATURE is {weighting.TEMPERATURE}"
         problems.append(f"{got}, but a positive number is expected.")
-    least = max(1, *(sum(of.turns.values()) for of in drawn.values()))
-    if least > weighting.WINDOW:
+    least = max(of.round_length for of in drawn.values())
+    if weighting.METHOD == "dwa" and least > weighting.WINDOW:
         round_ = ", a round of alternating steps," if least > 1 else ""
         got = f"XLEARNER.WEIGHTING.WINDOW is {weighting.WINDOW}"
         problems.append(f"{got}, but a number of at least {least}{round_} is expected.")

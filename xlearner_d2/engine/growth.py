@@ -5,13 +5,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
 from detectron2.config import CfgNode
 from torch import Tensor, nn
 
 from ..checkpoint.grow import belongs_to, load_grown
 from ..checkpoint.load import load_resnet, read_checkpoint
 from ..checkpoint.pixels import PixelConvention
+from ..checkpoint.stored import PIXEL_KEYS, differing_settings, stored_config
 from ..modeling import XLearner
 from ..modeling.branches import ARCHITECTURE_KEYS, BranchSpec, branch_config, network_name
 from ..modeling.expanded import STAGES, TRUNK
@@ -53,11 +53,12 @@ def read_growth(cfg: CfgNode) -> Growth | None:
     if cfg.MODEL.WEIGHTS:
         wish = "new branches start from XLEARNER.EXTEND_INIT"
         raise ConfigError([f"MODEL.WEIGHTS and XLEARNER.EXTEND cannot both be set: {wish}."])
-    description = read_checkpoint(path).get("xlearner", {})
+    checkpoint = read_checkpoint(path)
+    description = checkpoint.get("xlearner", {})
     if "tasks" not in description:
         message = f"{path} is no expanded checkpoint; one is called expanded.pth in the output of expand."
         raise ConfigError([f"XLEARNER.EXTEND: {message}"])
-    stored: dict[str, Any] = yaml.safe_load(description["config"])
+    stored = stored_config(checkpoint)
     tasks = tuple(_task(record) for record in description["tasks"])
     task_of = {source: task.name for task in tasks for source in task.sources}
     problems = _settings_problems(cfg, stored, path) + _source_problems(cfg, task_of, path)
@@ -91,13 +92,8 @@ def _given(cfg: CfgNode) -> set[str]:
 def _settings_problems(cfg: CfgNode, stored: Mapping[str, Any], path: str) -> list[str]:
     """Settings that decide what the file's branches compute, where the config differs."""
     keys = [f"MODEL.RESNETS.{key}" for key in ARCHITECTURE_KEYS]
-    keys += ["MODEL.PIXEL_MEAN", "MODEL.PIXEL_STD", "INPUT.FORMAT"]
-    keys += ["XLEARNER.RECONCILIATION.STAGES", "XLEARNER.RECONCILIATION.CROSS_SCALE"]
-    problems = []
-    for key in keys:
-        here, there = _plain(_get(cfg, key)), _plain(_get(stored, key))
-        if here != there:
-            problems.append(f"{key} is {here}, but XLEARNER.EXTEND {path} was trained with {there}.")
+    keys += [*PIXEL_KEYS, "XLEARNER.RECONCILIATION.STAGES", "XLEARNER.RECONCILIATION.CROSS_SCALE"]
+    problems = differing_settings(cfg, stored, keys, f"XLEARNER.EXTEND {path}")
     problems += _network_problems(cfg, stored, path)
     here, there = cfg.XLEARNER.SHARING, stored["XLEARNER"]["SHARING"]
     exchanging = ("detached", "bidirectional")
@@ -120,16 +116,6 @@ def _network_problems(cfg: CfgNode, stored: Mapping[str, Any], path: str) -> lis
             wish = f"set XLEARNER.BRANCHES.{task} as there"
             problems.append(f"The branch of task {task!r} is {own}, but {old} in XLEARNER.EXTEND {path}: {wish}.")
     return problems
-
-
-def _get(node: Any, key: str) -> Any:
-    for part in key.split("."):
-        node = node[part]
-    return node
-
-
-def _plain(value: Any) -> Any:
-    return list(value) if isinstance(value, list | tuple) else value
 
 
 def _source_problems(cfg: CfgNode, task_of: Mapping[str, str], path: str) -> list[str]:

@@ -9,6 +9,8 @@ from detectron2.solver import get_default_optimizer_params
 from torch import Tensor, nn
 
 OPTIMIZERS = ("SGD", "AdamW")
+#: What ``SOLVER.CLIP_GRADIENTS`` may limit: each number, the norm of each parameter's gradient, that of all together.
+CLIP_TYPES = ("value", "norm", "full_model")
 #: By a parameter's own name: what holds for it instead. Decay would draw the weights of losses towards their start.
 OVERRIDES = {"log_variance": {"weight_decay": 0.0}}
 
@@ -58,16 +60,22 @@ def make_optimizer(cfg: CfgNode, model: nn.Module) -> torch.optim.Optimizer:
 
 
 def _clipping(options: CfgNode) -> Callable[[torch.optim.Optimizer, Any, Any], None]:
-    """What ``maybe_add_gradient_clipping`` of Detectron2 does before each step, for all parameters at once."""
+    """What ``maybe_add_gradient_clipping`` of Detectron2 does before each step, for all parameters at once.
+
+    Detectron2's projects add ``full_model`` in their training scripts, as :func:`torch.nn.utils.clip_grad_norm_`.
+    """
+    limit, norm_type = options.CLIP_VALUE, options.NORM_TYPE
 
     def clip(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
         gradients = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
         # Under a loss scaler, a fused optimiser gets the gradients as they are, and divides them itself.
         scale = getattr(optimizer, "grad_scale", None)
         if options.CLIP_TYPE == "value":
-            clip_each_value(gradients, options.CLIP_VALUE, scale=scale)
+            clip_each_value(gradients, limit, scale=scale)
+        elif options.CLIP_TYPE == "norm":
+            clip_each_norm(gradients, limit, norm_type=norm_type, scale=scale)
         else:
-            clip_each_norm(gradients, options.CLIP_VALUE, norm_type=options.NORM_TYPE, scale=scale)
+            clip_joint_norm(gradients, limit, norm_type=norm_type, scale=scale)
 
     return clip
 
@@ -91,6 +99,18 @@ def clip_each_norm(
     large = [(gradient, factor) for gradient, factor in zip(gradients, factors.tolist(), strict=True) if factor < 1.0]
     for gradient, factor in large:
         gradient.mul_(factor)
+
+
+@torch.no_grad()
+def clip_joint_norm(
+    gradients: list[Tensor], max_norm: float, *, norm_type: float = 2.0, scale: Tensor | None = None
+) -> None:
+    """Limit the norm of all gradients together, in place; ``scale`` as in :func:`clip_each_norm`."""
+    if not gradients:
+        return
+    norm = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(gradients, norm_type)), norm_type)
+    factor = (max_norm / (norm / (1.0 if scale is None else scale) + 1e-6)).clamp(max=1.0)
+    torch._foreach_mul_(gradients, factor)
 
 
 @torch.no_grad()

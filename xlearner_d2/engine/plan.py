@@ -8,6 +8,8 @@ from pathlib import Path
 
 from detectron2.config import CfgNode
 
+from ..checkpoint.load import read_checkpoint
+from ..checkpoint.stored import check_convention
 from ..data.balance import build_stream
 from ..data.sources import SourceData, load_records, register_sources, source_data
 from ..extensions import import_modules
@@ -82,7 +84,7 @@ def _stop_at(problems: Sequence[str]) -> None:
 
 
 def check_output(plan: Plan, *, resume: bool) -> None:
-    """See that a run would overwrite nothing and, if it squeezes alone, that it has a teacher.
+    """See that a run would overwrite nothing and, if it does not train its teacher any more, that it has one.
 
     Raises:
         ConfigError: naming the folder and what to do.
@@ -92,7 +94,10 @@ def check_output(plan: Plan, *, resume: bool) -> None:
         folder = plan.stage_dir(stage)
         if not resume and folder.is_dir() and any(folder.iterdir()):
             problems.append(f"{folder} is not empty. Add --resume to continue that run, or set another OUTPUT_DIR.")
-    if plan.stages == ("squeeze",):
+    squeeze = plan.cfg.XLEARNER.SQUEEZE
+    given = "squeeze" in plan.stages and squeeze.TEACHER and not squeeze.ONLINE
+    trained = resume and expanded_file(plan.cfg).is_file()
+    if plan.stages == ("squeeze",) or given or trained:
         with _collect(problems):
             check_expanded(plan)
     if problems:
@@ -100,15 +105,16 @@ def check_output(plan: Plan, *, resume: bool) -> None:
 
 
 def check_expanded(plan: Plan) -> None:
-    """See that there is an expanded model to squeeze or to evaluate.
+    """See that there is an expanded model to squeeze or to evaluate, which the config would use as it was trained.
 
     Raises:
-        ConfigError: saying what to do.
+        ConfigError: saying what to do, or which settings differ.
     """
     path = expanded_file(plan.cfg)
     if not path.is_file():
         do = "run XLEARNER.STAGE expand first, or set XLEARNER.SQUEEZE.TEACHER to an expanded checkpoint"
         raise ConfigError([f"There is no expanded model {path}: {do}."], what="The output")
+    check_convention(plan.cfg, read_checkpoint(path), path)
 
 
 def expanded_file(cfg: CfgNode) -> Path:
@@ -120,7 +126,7 @@ def squeeze_config(cfg: CfgNode) -> CfgNode:
     """The project's config with ``XLEARNER.SQUEEZE.SOLVER`` merged into ``SOLVER``."""
     cfg = cfg.clone()
     cfg.defrost()
-    cfg.SOLVER.merge_from_list([item for pair in cfg.XLEARNER.SQUEEZE.SOLVER.items() for item in pair])
+    cfg.SOLVER.merge_from_other_cfg(cfg.XLEARNER.SQUEEZE.SOLVER)
     return cfg
 
 

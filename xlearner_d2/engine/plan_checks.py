@@ -13,7 +13,7 @@ from ..modeling.heads import COMPILED_HINT, has_compiled_operators
 from ..settings import AMP_PRECISIONS, SHARING, STAGES
 from ..specs import SourceSpec, one_of
 from .drawn import check_sampling
-from .optimizer import OPTIMIZERS
+from .optimizer import CLIP_TYPES, OPTIMIZERS
 from .scaling import check_timeouts
 from .squeeze_settings import check_squeeze
 
@@ -35,12 +35,26 @@ def check_settings(cfg: CfgNode, world_size: int) -> list[str]:
     if cfg.XLEARNER.WANDB and importlib.util.find_spec("wandb") is None:
         wish = "the package wandb is not installed: pip install wandb, or leave the setting empty"
         problems.append(f"XLEARNER.WANDB is {cfg.XLEARNER.WANDB!r}, but {wish}.")
-    if cfg.SOLVER.OPTIMIZER not in OPTIMIZERS:
-        known = ", ".join(OPTIMIZERS)
-        problems.append(f"SOLVER.OPTIMIZER is {cfg.SOLVER.OPTIMIZER!r}, but one of {known} is expected.")
     if any(cfg.MODEL.RESNETS.DEFORM_ON_PER_STAGE) and not has_compiled_operators():
         problems.append(f"MODEL.RESNETS.DEFORM_ON_PER_STAGE needs {COMPILED_HINT}")
+    problems += _check_solver(cfg.SOLVER, "SOLVER")
+    problems += _check_solver(cfg.XLEARNER.SQUEEZE.SOLVER, "XLEARNER.SQUEEZE.SOLVER")
     return problems + check_timeouts(cfg) + check_squeeze(cfg)
+
+
+def _check_solver(solver: CfgNode, where: str) -> list[str]:
+    """Problems of those keys that are there; the squeeze's own section has some of them."""
+    problems = []
+    if solver.get("OPTIMIZER", OPTIMIZERS[0]) not in OPTIMIZERS:
+        problems.append(f"{where}.OPTIMIZER is {solver.OPTIMIZER!r}, but one of {', '.join(OPTIMIZERS)} is expected.")
+    period = solver.get("CHECKPOINT_PERIOD", 1)
+    if not isinstance(period, int) or period < 1:
+        problems.append(f"{where}.CHECKPOINT_PERIOD is {period!r}, but a number of steps of at least 1 is expected.")
+    clip = solver.get("CLIP_GRADIENTS", {}).get("CLIP_TYPE", CLIP_TYPES[0])
+    if clip not in CLIP_TYPES:
+        expected = f"one of {', '.join(CLIP_TYPES)} is expected"
+        problems.append(f"{where}.CLIP_GRADIENTS.CLIP_TYPE is {clip!r}, but {expected}.")
+    return problems
 
 
 def check_head(source: SourceSpec, head: CfgNode, world_size: int) -> list[str]:

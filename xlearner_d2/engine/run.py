@@ -16,13 +16,12 @@ from detectron2.utils.logger import setup_logger
 from tabulate import tabulate
 
 from ..checkpoint.files import write_atomically
-from ..checkpoint.load import load_strictly, read_checkpoint
 from ..data.mappers import build_mapper
 from ..evaluation.trivial import trivial_metrics
 from ..modeling import XLearner
 from ..modeling.branches import network_name
 from ..report.pictures import draw_dataset_predictions
-from .branches import student_config
+from .branches import load_expanded, student_config
 from .evaluate import SourceResults, evaluate_sources, probe_student
 from .explain import explain
 from .plan import STUDENT_FILE, Plan, check_expanded, check_output, expanded_file, make_plan
@@ -113,7 +112,7 @@ def _train(plan: Plan, *, resume: bool) -> XLearner | None:
 def _load_expanded(plan: Plan) -> XLearner:
     path = expanded_file(plan.cfg)
     model = build_model(plan.cfg)
-    logger.info(f"Evaluating {path}: {load_strictly(model, read_checkpoint(path)['model'], path=path)}.")
+    logger.info(f"Evaluating {path}: {load_expanded(model, plan.cfg, path)}.")
     return model
 
 

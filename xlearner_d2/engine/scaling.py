@@ -27,7 +27,7 @@ def scale_to_workers(cfg: CfgNode, world_size: int) -> CfgNode:
         scale = world_size / reference
         _scale_solver(cfg.SOLVER, scale)
         _scale_solver(cfg.XLEARNER.SQUEEZE.SOLVER, scale)
-        cfg.TEST.EVAL_PERIOD = round(cfg.TEST.EVAL_PERIOD / scale)
+        cfg.TEST.EVAL_PERIOD = _scale_steps(cfg.TEST.EVAL_PERIOD, scale)
         _scale_batches(cfg, world_size, reference)
         cfg.SOLVER.REFERENCE_WORLD_SIZE = world_size
     cfg.freeze()
@@ -55,9 +55,14 @@ def _scale_solver(solver: CfgNode, scale: float) -> None:
         solver.BASE_LR *= scale
     for key in ("MAX_ITER", "WARMUP_ITERS", "CHECKPOINT_PERIOD"):
         if key in solver:
-            solver[key] = round(solver[key] / scale)
+            solver[key] = _scale_steps(solver[key], scale)
     if "STEPS" in solver:
         solver.STEPS = tuple(round(step / scale) for step in solver.STEPS)
+
+
+def _scale_steps(steps: int, scale: float) -> int:
+    """One at least of what are any: no steps would mean never, or nothing that can be run."""
+    return max(round(steps / scale), min(steps, 1))
 
 
 def check_norm(cfg: CfgNode, where: str, world_size: int) -> list[str]:

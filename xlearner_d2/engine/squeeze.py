@@ -16,7 +16,7 @@ from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 
 from ..checkpoint.export import export_student
-from ..checkpoint.load import load_resnet, load_strictly, read_checkpoint
+from ..checkpoint.load import load_resnet, load_strictly
 from ..checkpoint.pixels import PixelConvention
 from ..checkpoint.training import TrainingCheckpointer
 from ..data.loader import start_at
@@ -26,7 +26,7 @@ from ..modeling.distill import Distiller, matched_stages
 from ..modeling.expanded import TRUNK
 from ..modeling.weighting import weights_of
 from ..modeling.xlearner import autocast_dtype
-from .branches import shapes, student_config
+from .branches import load_expanded, shapes, student_config
 from .failure import stop_at_failure
 from .norm_statistics import WorkerStatistics, share_norm_statistics
 from .optimizer import make_optimizer
@@ -269,10 +269,10 @@ def build_squeeze_hook(
 
 
 def load_teacher(plan: Plan) -> XLearner:
-    """The expanded model of an earlier stage, loaded strictly and frozen."""
+    """The expanded model of an earlier stage, loaded as it was trained and frozen."""
     path = expanded_file(plan.cfg)
     model = build_model(plan.cfg)
-    logger.info(f"The teacher is {path}: {load_strictly(model, read_checkpoint(path)['model'], path=path)}.")
+    logger.info(f"The teacher is {path}: {load_expanded(model, plan.cfg, path)}.")
     return model.freeze()
 
 

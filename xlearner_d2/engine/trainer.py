@@ -18,14 +18,13 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
 
 from ..checkpoint.export import save_expanded
-from ..checkpoint.load import load_strictly, read_checkpoint
 from ..checkpoint.training import TrainingCheckpointer
 from ..data.loader import build_joint_train_loader, start_at
 from ..modeling import XLearner
 from ..modeling.heads import class_counts
 from ..modeling.weighting import weigh_losses, weights_of
 from ..modeling.xlearner import autocast_dtype
-from .branches import initialise_branches
+from .branches import initialise_branches, load_expanded
 from .checkpoints import Checkpoints
 from .evaluate import SourceResults, evaluate_sources
 from .failure import stop_at_failure
@@ -169,7 +168,7 @@ def expand(plan: Plan, *, resume_run: bool) -> XLearner:
     path = Path(cfg.OUTPUT_DIR) / EXPANDED_FILE
     if resume_run and finished(plan, "expand", EXPANDED_FILE):
         logger.info(f"The expand stage is done already: {path}.")
-        load_strictly(model, read_checkpoint(path)["model"], path=path)
+        load_expanded(model, cfg, path)
         return model
     if plan.growth is None:
         initialise_branches(model, cfg, plan.branches)

@@ -9,13 +9,13 @@ The config needs the keys of :func:`xlearner_d2.add_xlearner_config`; everything
 from collections.abc import Sequence
 from typing import Any
 
-import yaml
 from detectron2.config import CfgNode, get_cfg
 from detectron2.layers import FrozenBatchNorm2d, ShapeSpec
 from detectron2.modeling import BACKBONE_REGISTRY, FPN, Backbone
 from torch import Tensor
 
 from ..checkpoint.load import load_strictly, read_checkpoint
+from ..checkpoint.stored import PIXEL_KEYS, check_convention, stored_config
 from ..settings import add_xlearner_config
 from ..specs import ConfigError, TaskSpec, nearest
 from .branches import freeze_norm
@@ -69,16 +69,21 @@ class ExpandedBranch(Backbone):
         FrozenBatchNorm2d.convert_frozen_batchnorm(self.backbone.reconciliation)
 
 
-def load_expanded_backbone(path: str) -> ExpandedBackbone:
+def load_expanded_backbone(path: str, *, used_by: CfgNode | None = None) -> ExpandedBackbone:
     """Build the backbone of an expanded checkpoint from the description in the file, and load it strictly.
 
+    Args:
+        used_by: config of the model that gives it images, if there is one: they have to be as the backbone knows them.
+
     Raises:
-        ConfigError: when the file is no expanded checkpoint.
+        ConfigError: when the file is no expanded checkpoint, or was trained with other pixels.
     """
     checkpoint = read_checkpoint(path)
     if "tasks" not in checkpoint.get("xlearner", {}):
         raise ConfigError([f"{path} is no expanded checkpoint; one is called expanded.pth in the output of expand."])
-    stored: dict[str, Any] = yaml.safe_load(checkpoint["xlearner"]["config"])
+    if used_by is not None:
+        check_convention(used_by, checkpoint, path, PIXEL_KEYS)
+    stored = stored_config(checkpoint)
     cfg = get_cfg()
     add_xlearner_config(cfg)
     cfg.MODEL.PIXEL_MEAN = stored["MODEL"]["PIXEL_MEAN"]
@@ -100,16 +105,20 @@ def _tuples(record: dict[str, Any]) -> dict[str, Any]:
     return {key: tuple(value) if isinstance(value, list) else value for key, value in record.items()}
 
 
-def expanded_branch(path: str, task: str, *, out_features: Sequence[str], where: str = "") -> ExpandedBranch:
+def expanded_branch(
+    path: str, task: str, *, out_features: Sequence[str], used_by: CfgNode | None = None, where: str = ""
+) -> ExpandedBranch:
     """The branch of ``task`` from an expanded checkpoint.
 
     Args:
+        used_by: see :func:`load_expanded_backbone`.
         where: start of the message about an unknown task, such as the setting that names it.
 
     Raises:
-        ConfigError: when the file is no expanded checkpoint, or has no such task or features.
+        ConfigError: when the file is no expanded checkpoint, was trained with other pixels, or has no such task or
+            features.
     """
-    backbone = load_expanded_backbone(path)
+    backbone = load_expanded_backbone(path, used_by=used_by)
     if task not in backbone.tasks:
         raise ConfigError([f"{where}{task!r} is no task of {path}.{nearest(task, backbone.tasks)}"])
     return ExpandedBranch(backbone=backbone, task=task, out_features=out_features)
@@ -124,7 +133,7 @@ def build_xlearner_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> ExpandedBra
     options = cfg.XLEARNER.PLUG_IN
     features = cfg.MODEL.RESNETS.OUT_FEATURES
     where = "XLEARNER.PLUG_IN.TASK: "
-    branch = expanded_branch(options.WEIGHTS, options.TASK, out_features=features, where=where)
+    branch = expanded_branch(options.WEIGHTS, options.TASK, out_features=features, used_by=cfg, where=where)
     branch.freeze(cfg.MODEL.BACKBONE.FREEZE_AT)
     if cfg.MODEL.RESNETS.NORM == "FrozenBN":
         branch.freeze_norm()

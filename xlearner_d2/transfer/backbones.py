@@ -140,7 +140,7 @@ def load_backbone(backbone: BackboneSpec, cfg: CfgNode, *, seed: int, resnet: Br
     path = backbone.file(seed)
     if backbone.task:
         shapes = (resnet or build_branch(cfg, out_features=STAGES)).output_shape()
-        branch = expanded_branch(str(path), backbone.task, out_features=list(shapes))
+        branch = expanded_branch(str(path), backbone.task, out_features=list(shapes), used_by=cfg)
         _check_shapes(branch.output_shape(), shapes, f"{path}, {backbone.task}")
         return branch.to(cfg.MODEL.DEVICE)
     if path is None:
