@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from detectron2.config import CfgNode
 from detectron2.layers import ShapeSpec
 from detectron2.utils.events import EventStorage
 from torch import nn
@@ -171,6 +172,21 @@ def test_forward_all_equals_each_branch(make_model, make_batches):
     step(model, make_batches())
     backbone = model.backbone.eval()
     together = backbone.forward_all(images())
+    for task in backbone.tasks:
+        assert equal(together[task], backbone(images(), task))
+
+
+@pytest.mark.parametrize("shallow", ["pics", "areas"])
+def test_forward_all_sends_as_deep_as_any_branch_reads(tiny_cfg, make_model, shallow):
+    """A branch that ends at res3 reads no deeper; others do, whatever the order of the tasks."""
+    deep = "areas" if shallow == "pics" else "pics"
+    records = tiny_cfg.XLEARNER.SOURCES
+    ends = ["MODEL.CLASSIFIER.IN_FEATURE", "res3", "MODEL.RESNETS.OUT_FEATURES", ["res3"]]
+    records.pics.OPTS = [*records.pics.get("OPTS", []), *ends]
+    tiny_cfg.XLEARNER.SOURCES = CfgNode({name: records[name] for name in (deep, "boxes", shallow)}, new_allowed=True)
+    backbone = make_model().backbone.eval()
+    together = backbone.forward_all(images())
+    assert list(together["classification"]) == ["res2", "res3"]
     for task in backbone.tasks:
         assert equal(together[task], backbone(images(), task))
 

@@ -173,7 +173,10 @@ class ExpandedBackbone(nn.Module):
         images = images.contiguous(memory_format=self.memory_format)
         asked = {task: self.branch_of[task] for task in (self.tasks if tasks is None else tasks)}
         names = tuple(dict.fromkeys(asked.values()))
-        needed = {source: deepest for name in names for source, deepest in self._sources_of(name).items()}
+        needed: dict[str, str] = {}
+        for name in names:
+            for source, read in self._sources_of(name).items():
+                needed[source] = max(read, needed.get(source, read))
         with inference_mode_norm(self):
             aux = self._auxiliary(images, needed)
             features = {name: self._main(name, images, aux, deepest) for name in names}
