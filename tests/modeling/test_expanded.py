@@ -7,7 +7,8 @@ from detectron2.layers import ShapeSpec
 from detectron2.utils.events import EventStorage
 from torch import nn
 
-from xlearner_d2.modeling.expanded import BranchView, inference_mode_norm
+from xlearner_d2.modeling.expanded import BranchView
+from xlearner_d2.modeling.norm_statistics import copied_statistics, inference_mode_norm
 from xlearner_d2.modeling.reconciliation import ReconciliationLayer
 
 SHARINGS = ("separate", "shared", "detached", "bidirectional")
@@ -230,6 +231,18 @@ def test_inference_mode_norm_restores_each_module():
         module(torch.randn(2, 2, 4, 4))
     assert (module.training, module[0].training, module[1].training) == (True, True, False)
     assert not module[0].running_mean.any()
+
+
+def test_inference_mode_norm_runs_with_the_statistics_of_an_earlier_time():
+    module = nn.BatchNorm2d(2).train()
+    x = torch.randn(2, 2, 4, 4)
+    earlier = copied_statistics(module)
+    module(x)
+    now = state_of(module)
+    with inference_mode_norm(module, earlier):
+        torch.testing.assert_close(module(x), x / (1 + module.eps) ** 0.5)
+    assert now["running_mean"].any()
+    assert equal(now, module.state_dict())
 
 
 def test_shared_has_one_trunk_and_no_reconciliation(make_model):
