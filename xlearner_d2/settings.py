@@ -112,8 +112,8 @@ def _add_squeeze(x: CfgNode) -> None:
     q.ONLINE = False
     # Expanded checkpoint to squeeze; "" takes the one that the expand stage left in OUTPUT_DIR.
     q.TEACHER = ""
-    # Start of the student: "random", a task's name (that branch), a ResNet checkpoint, or "" (the branch of the first
-    # source of classes, else of the first source; random when the student is built otherwise).
+    # Start of the student: "random", a task's name (that branch, as far as it goes), a ResNet checkpoint, or "" (the
+    # branch of the first source of classes, else of the first source; random when the student is built otherwise).
     q.INIT = ""
     # Depth of the student, a ResNet as MODEL.RESNETS says otherwise; 0 takes that of the branches.
     q.DEPTH = 0

@@ -122,9 +122,9 @@ def _unbuildable(cfg: CfgNode, tasks: Sequence[TaskSpec]) -> Iterator[str]:
         yield f"Reconciliation layers with MODEL.RESNETS.NORM {norm!r} do not fit these branches: {error}."
 
 
-def _on_meta(cfg: CfgNode, dilation: int, out_features: Sequence[str] = STAGES) -> Branch:
+def _on_meta(cfg: CfgNode, dilation: int) -> Branch:
     with torch.device("meta"):
-        return build_branch(cfg, out_features=out_features, res5_dilation=dilation)
+        return build_branch(cfg, out_features=STAGES, res5_dilation=dilation)
 
 
 def start_of(cfg: CfgNode, specs: Sequence[BranchSpec], name: str) -> tuple[str, str]:
@@ -164,12 +164,11 @@ def _check_student(cfg: CfgNode, tasks: Sequence[TaskSpec], branches: Mapping[st
     start, names = cfg.XLEARNER.SQUEEZE.INIT, [task.name for task in tasks]
     if start not in names and not _is_start(start):
         return [f"XLEARNER.SQUEEZE.INIT is {start!r}, no task and no file.{nearest(start, [*names, RANDOM])}"]
-    features = sorted({stage for branch in branches.values() for stage in branch.output_shape()})
-    student = _on_meta(student_config(cfg), max(task.res5_dilation for task in tasks), features)
+    student = _on_meta(student_config(cfg), max(task.res5_dilation for task in tasks))
     if start not in names:
         return _misfit(student, "XLEARNER.SQUEEZE.INIT", start)
     branch = branches[start] if start in branches else next(iter(branches.values()))
-    if shapes(branch) == shapes(student):
+    if fits(branch, student):
         return []
     got = f"{network_name(student_config(cfg))} with {', '.join(student.stage_names)}"
     has = f"{network_name(branch_config(cfg, start))} with {', '.join(branch.stage_names)}"
@@ -193,8 +192,13 @@ def _two_res5(cfg: CfgNode, tasks: Sequence[TaskSpec]) -> str:
     )
 
 
-def shapes(network: torch.nn.Module) -> dict[str, torch.Size]:
-    """By name, the shapes of a network's tensors: alike for networks that can hold each other's weights."""
+def fits(branch: Branch, student: Branch) -> bool:
+    """Whether a student can start as a branch: whether both are built alike, as far as the branch goes."""
+    parts = ("stem", *branch.stage_names)
+    return _shapes(branch) == {name: of for name, of in _shapes(student).items() if name.partition(".")[0] in parts}
+
+
+def _shapes(network: Branch) -> dict[str, torch.Size]:
     return {name: value.shape for name, value in network.state_dict().items()}
 
 

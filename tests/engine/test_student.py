@@ -1,0 +1,95 @@
+"""The student is a whole network, whatever the heads read; what it cannot learn is refused before any training."""
+
+from typing import Any
+
+import pytest
+import torch
+from conftest import Project
+from detectron2.modeling import build_model
+
+from xlearner_d2.engine.plan import Plan, make_plan
+from xlearner_d2.engine.squeeze import SqueezeHook, build_squeeze_hook
+from xlearner_d2.exports.student import load_student
+
+LABELS, HINTS = (("XLEARNER.SQUEEZE.TASK_LOSSES", value) for value in (True, False))
+STAGES = ["res2", "res3", "res4", "res5"]
+
+
+def plan_of(project: Project, *opts: Any) -> Plan:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("DETECTRON2_DATASETS", str(project.root / "data"))
+        return make_plan(project.load(*opts), world_size=1)
+
+
+def hook_of(plan: Plan) -> SqueezeHook:
+    return build_squeeze_hook(plan, build_model(plan.cfg).freeze(), [], max_iter=1)
+
+
+def keep(project: Project, *sources: str) -> None:
+    """Leave the others out of the config, and all evaluation."""
+    records = project.content["XLEARNER"]["SOURCES"]
+    project.content["XLEARNER"]["SOURCES"] = {name: {**records[name], "TEST": []} for name in sources}
+    project.write(project.content)
+
+
+def add_opts(project: Project, source: str, *opts: Any) -> None:
+    record = project.content["XLEARNER"]["SOURCES"][source]
+    record["OPTS"] = [*record["OPTS"], *opts]
+    project.write(project.content)
+
+
+def end_at(project: Project, stage: str) -> None:
+    """Let the classifier read a stage before the last, so that its branch ends there."""
+    add_opts(project, "pics", "MODEL.CLASSIFIER.IN_FEATURE", stage, "MODEL.RESNETS.OUT_FEATURES", [stage])
+
+
+# A whole network
+
+
+@pytest.mark.parametrize("opts", [LABELS, HINTS], ids=["labels", "hints"])
+def test_a_student_of_branches_without_res5_is_a_whole_network(project: Project, opts: tuple[Any, ...]) -> None:
+    """Its probe reads res5, which learns from hints, and the file is read as any other student's."""
+    keep(project, "pics")
+    end_at(project, "res4")
+    metrics = project.run(*opts)
+    assert "student" in metrics["probes"]["pics"]
+    file = project.root / "out/student_d2.pth"
+    assert list(load_student(file).network.stage_names) == STAGES
+    log = (project.root / "out/log.txt").read_text()
+    assert "The student starts as the branch of task classification, and res5, which that has not, at random." in log
+
+
+@pytest.mark.parametrize("opts", [LABELS, HINTS], ids=["labels", "hints"])
+def test_it_starts_as_a_branch_as_far_as_that_goes(project: Project, opts: tuple[Any, ...]) -> None:
+    keep(project, "pics", "areas")
+    end_at(project, "res3")
+    distiller = hook_of(plan_of(project, *opts)).distiller
+    student, branch = distiller.student.state_dict(), distiller.teacher.backbone.branch("classification").state_dict()
+    assert {name.split(".")[0] for name in branch} == {"stem", "res2", "res3"}
+    assert all(torch.equal(student[name], value) for name, value in branch.items())
+    assert all(parameter.requires_grad for parameter in distiller.student.parameters())
+
+
+@pytest.mark.parametrize("depth", [101, 18])
+def test_it_does_not_start_as_the_beginning_of_deeper_stages(project: Project, depth: int) -> None:
+    """A stage of ResNet-101 begins with blocks of the shapes of ResNet-50's."""
+    keep(project, "pics")
+    distiller = hook_of(plan_of(project, "XLEARNER.SQUEEZE.DEPTH", depth)).distiller
+    branch = distiller.teacher.backbone.branch("classification")
+    assert not torch.equal(distiller.student.res3[0].conv1.weight, branch.res3[0].conv1.weight)
+    with pytest.raises(ValueError, match=r"INIT is 'classification', but the student is ResNet-.*: set it to random"):
+        plan_of(project, "XLEARNER.SQUEEZE.DEPTH", depth, "XLEARNER.SQUEEZE.INIT", "classification")
+
+
+@pytest.mark.parametrize("opts", [LABELS, HINTS], ids=["labels", "hints"])
+def test_a_stage_that_nothing_reaches_is_left_as_it_starts(
+    project: Project, opts: tuple[Any, ...], caplog: pytest.LogCaptureFixture
+) -> None:
+    """Several workers would wait for its gradient."""
+    keep(project, "pics")
+    end_at(project, "res4")
+    alone = [item for key in ("STAGES", "TEACHER_STAGES") for item in (f"XLEARNER.SQUEEZE.{key}", ["res4"])]
+    distiller = hook_of(plan_of(project, *opts, *alone, "XLEARNER.SQUEEZE.STAGE_WEIGHTS", [1.0])).distiller
+    frozen = {name.split(".")[0] for name, p in distiller.student.named_parameters() if not p.requires_grad}
+    assert frozen == {"res5"}
+    assert "res5 of the student gets no hint (XLEARNER.SQUEEZE.STAGES) nor does a head read it" in caplog.text
