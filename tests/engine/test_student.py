@@ -5,8 +5,10 @@ from typing import Any
 import pytest
 import torch
 from conftest import Project
+from detectron2.layers import FrozenBatchNorm2d
 from detectron2.modeling import build_model
 
+from xlearner_d2.checkpoint.load import read_checkpoint
 from xlearner_d2.engine.plan import Plan, make_plan
 from xlearner_d2.engine.squeeze import SqueezeHook, build_squeeze_hook
 from xlearner_d2.exports.student import load_student
@@ -93,3 +95,35 @@ def test_a_stage_that_nothing_reaches_is_left_as_it_starts(
     frozen = {name.split(".")[0] for name, p in distiller.student.named_parameters() if not p.requires_grad}
     assert frozen == {"res5"}
     assert "res5 of the student gets no hint (XLEARNER.SQUEEZE.STAGES) nor does a head read it" in caplog.text
+
+
+# Frozen stages of branches
+
+FREEZE = ("MODEL.BACKBONE.FREEZE_AT", 2)
+
+
+@pytest.mark.parametrize("network", [("DEPTH", 0), ("DEPTH", 18), ("TIMM", "test_convnext")], ids=str)
+@pytest.mark.parametrize("labels", [LABELS, HINTS], ids=["labels", "hints"])
+def test_no_stage_is_frozen_as_those_of_branches_are(
+    project: Project, network: tuple[str, Any], labels: tuple[Any, ...]
+) -> None:
+    """Neither of a student that starts at random, nor of one that starts as a branch."""
+    keep(project, "pics", "areas")
+    hook = hook_of(plan_of(project, *FREEZE, *labels, f"XLEARNER.SQUEEZE.{network[0]}", network[1]))
+    student, branch = hook.distiller.student, hook.distiller.teacher.backbone.branch("classification")
+    assert all(parameter.requires_grad for parameter in student.parameters())
+    assert not any(isinstance(module, FrozenBatchNorm2d) for module in student.modules())
+    own = student.state_dict()
+    same = [torch.equal(own[name], value) for name, value in branch.state_dict().items() if name in own]
+    assert isinstance(branch.stem.conv1.norm, FrozenBatchNorm2d)
+    assert (bool(same) and all(same)) == (network == ("DEPTH", 0))
+
+
+def test_a_run_with_frozen_stages_starts_the_student_from_them(project: Project) -> None:
+    keep(project, "pics")
+    project.run(*FREEZE, "XLEARNER.SQUEEZE.INIT", "classification")
+    expanded, student = (
+        read_checkpoint(project.root / "out" / name)["model"] for name in ("expanded.pth", "student_d2.pth")
+    )
+    start = expanded["backbone.branches.classification.stem.conv1.weight"]
+    assert 0 < (student["stem.conv1.weight"] - start).abs().max() < 0.01

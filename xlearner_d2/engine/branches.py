@@ -23,11 +23,16 @@ RANDOM = "random"
 
 
 def student_config(cfg: CfgNode) -> CfgNode:
-    """The project's config with the student's network in ``MODEL``, whatever the branches are."""
+    """The project's config with the student's network in ``MODEL``, whatever the branches are.
+
+    The student learns as a whole, whatever ``FREEZE_AT`` keeps of the branches: a stage kept from one of them could
+    follow no other, and of a student that starts at random it would stay random.
+    """
     squeeze = cfg.XLEARNER.SQUEEZE
     cfg = with_network(cfg, timm=squeeze.TIMM, depth=squeeze.DEPTH)
     cfg.XLEARNER.BRANCHES = CfgNode(new_allowed=True)
     cfg.MODEL.RESNETS.OUT_FEATURES = list(STAGES)
+    cfg.MODEL.BACKBONE.FREEZE_AT = 0
     return cfg
 
 
@@ -199,7 +204,9 @@ def fits(branch: Branch, student: Branch) -> bool:
 
 
 def _shapes(network: Branch) -> dict[str, torch.Size]:
-    return {name: value.shape for name, value in network.state_dict().items()}
+    """Of its tensors, by name, but for the counters of norm layers: those of frozen stages have none."""
+    shapes = {name: value.shape for name, value in network.state_dict().items()}
+    return {name: shape for name, shape in shapes.items() if not name.endswith("num_batches_tracked")}
 
 
 def initialise_branches(model: XLearner, cfg: CfgNode, specs: Sequence[BranchSpec]) -> None:
