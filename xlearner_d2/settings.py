@@ -135,7 +135,8 @@ def _add_squeeze(x: CfgNode) -> None:
     q.NORMALISER = "standardise"
     # Whether the student learns from the sources' labels as well, through heads of its own that start as the teacher's.
     q.TASK_LOSSES = True
-    # Whether a branch gives hints for the images of its own task's sources alone, instead of for all images.
+    # Whether a branch gives hints for the images of its own task's sources alone, instead of for all images; a task
+    # whose sources have no TRAIN then gives none.
     q.OWN_IMAGES = False
     # Factor on all hints, against the task losses. Where labels are few and training is long, 3 is level with 1; in
     # short runs it costs points of classification (docs/EXPERIMENTS.md).

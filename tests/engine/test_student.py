@@ -4,13 +4,15 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import Project
+from conftest import Project, config
 from detectron2.layers import FrozenBatchNorm2d
 from detectron2.modeling import build_model
+from test_processes import finish, start
 
 from xlearner_d2.checkpoint.load import read_checkpoint
 from xlearner_d2.engine.plan import Plan, make_plan
 from xlearner_d2.engine.squeeze import SqueezeHook, build_squeeze_hook
+from xlearner_d2.engine.trainer import build_loader
 from xlearner_d2.exports.student import load_student
 
 LABELS, HINTS = (("XLEARNER.SQUEEZE.TASK_LOSSES", value) for value in (True, False))
@@ -127,3 +129,49 @@ def test_a_run_with_frozen_stages_starts_the_student_from_them(project: Project)
     )
     start = expanded["backbone.branches.classification.stem.conv1.weight"]
     assert 0 < (student["stem.conv1.weight"] - start).abs().max() < 0.01
+
+
+# Whose branches give hints
+
+OWN_IMAGES = ("XLEARNER.SQUEEZE.OWN_IMAGES", True)
+
+
+@pytest.fixture
+def grown(project: Project) -> Project:
+    """A project that extends an expansion of classes by areas, without images of the classes."""
+    keep(project, "pics")
+    project.run("XLEARNER.STAGE", "expand", "OUTPUT_DIR", project.root / "old")
+    project.content = config(project.root)
+    keep(project, "pics", "areas")
+    del project.content["XLEARNER"]["SOURCES"]["pics"]["TRAIN"]
+    project.content["XLEARNER"] |= {"EXTEND": str(project.root / "old/expanded.pth"), "FREEZE": ["classification"]}
+    project.content["XLEARNER"]["PROBES"] = {}
+    project.write(project.content)
+    return project
+
+
+@pytest.mark.parametrize(("opts", "asked"), [((), {"classification", "segmentation"}), (OWN_IMAGES, {"segmentation"})])
+def test_a_branch_whose_images_are_not_drawn_is_asked_only_for_hints_for_others(
+    grown: Project, opts: tuple[Any, ...], asked: set[str]
+) -> None:
+    """A projector that no image reaches would have no gradient."""
+    plan = plan_of(grown, *opts)
+    hook = build_squeeze_hook(plan, build_model(plan.cfg).freeze(), build_loader(plan, "squeeze"), max_iter=1)
+    assert set(hook.distiller.projectors) == asked
+    losses = hook.distiller.train()(next(iter(build_loader(plan, "squeeze"))))
+    assert {name for name in losses if "hint" in name} == {f"loss_hint_{task}" for task in asked}
+    sum(losses.values(), torch.zeros(())).backward()
+    assert [name for name, p in hook.distiller.named_parameters() if p.requires_grad and p.grad is None] == []
+
+
+def test_two_workers_squeeze_the_hints_for_own_images_alone(grown: Project) -> None:
+    """More than one step: a missing gradient ends the second."""
+    finish(start(grown, "--num-gpus", 2, *OWN_IMAGES, "XLEARNER.SQUEEZE.SOLVER.MAX_ITER", 3))
+    assert (grown.root / "out/student_d2.pth").is_file()
+
+
+def test_hints_for_own_images_that_nobody_gives_are_refused(grown: Project) -> None:
+    opts = [*OWN_IMAGES, *HINTS, "XLEARNER.SQUEEZE.TASK_WEIGHTS.segmentation", 0.0]
+    with pytest.raises(ValueError, match=r"are 0 for all tasks that have images to train on \(OWN_IMAGES\), so"):
+        plan_of(grown, *opts)
+    plan_of(grown, *opts[2:])  # branch classification gives hints for the areas

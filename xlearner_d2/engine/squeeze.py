@@ -30,6 +30,7 @@ from .norm_statistics import WorkerStatistics, share_norm_statistics
 from .optimizer import make_optimizer
 from .plan import STUDENT_FILE, Plan, expanded_file, squeeze_config
 from .provenance import describe_training
+from .squeeze_settings import hint_factors, squeeze_batches
 from .steps import StepTrainer
 from .student import build_learner, build_student, freeze_idle, initialise_student
 from .trainer import StepSeed, build_loader, build_step_trainer, resume, stage_hooks, weigh
@@ -162,7 +163,7 @@ def build_squeeze_hook(
     cfg = squeeze_config(plan.cfg)
     cfg.SOLVER.MAX_ITER = max_iter
     squeeze = cfg.XLEARNER.SQUEEZE
-    stage = "expand" if squeeze.ONLINE else "squeeze"
+    stage = squeeze_batches(cfg)
     learner = build_learner(plan, teacher, stage, scope=scope) if squeeze.TASK_LOSSES else None
     student = learner.backbone.branch(TRUNK) if learner else build_student(plan)
     initialise_student(student, plan, teacher)
@@ -175,7 +176,7 @@ def build_squeeze_hook(
         distance=squeeze.DISTANCE,
         projector_layers=squeeze.PROJECTOR_LAYERS,
         hint_weight=squeeze.HINT_WEIGHT,
-        task_weights=squeeze.TASK_WEIGHTS,
+        task_weights=hint_factors(cfg, teacher.backbone.tasks, {s.task for s in plan.drawn[stage].sources}),
         own_images=squeeze.OWN_IMAGES,
         learner=learner,
     )
