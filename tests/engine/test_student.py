@@ -175,3 +175,38 @@ def test_hints_for_own_images_that_nobody_gives_are_refused(grown: Project) -> N
     with pytest.raises(ValueError, match=r"are 0 for all tasks that have images to train on \(OWN_IMAGES\), so"):
         plan_of(grown, *opts)
     plan_of(grown, *opts[2:])  # branch classification gives hints for the areas
+
+
+# Stages that give hints
+
+SAME_STAGES = ("XLEARNER.SQUEEZE.TEACHER_STAGES", ["res4", "res5"])
+
+
+@pytest.mark.parametrize("online", [False, True])
+def test_hints_across_strides_of_res5_are_refused(project: Project, online: bool) -> None:
+    """Branches of two strides can be squeezed without labels, but a hint cannot be coarser than what learns from it."""
+    keep(project, "pics", "areas")
+    add_opts(project, "pics", "MODEL.RESNETS.RES5_DILATION", 2)
+    stage = ("XLEARNER.STAGE", "expand", "XLEARNER.SQUEEZE.ONLINE", True) if online else ()
+    message = r"TEACHER_STAGES has res5 for res5 of the student, whose stride is 16, but that of segmentation 32: set"
+    with pytest.raises(ValueError, match=message):
+        plan_of(project, *stage, *HINTS, *SAME_STAGES)
+    for fitting in (
+        (),  # the default: res5 learns from res4
+        (*SAME_STAGES, "XLEARNER.SQUEEZE.STAGE_WEIGHTS", [1.0, 0.0]),
+        (*SAME_STAGES, "XLEARNER.SQUEEZE.TASK_WEIGHTS.segmentation", 0.0),
+    ):
+        assert hook_of(plan_of(project, *stage, *HINTS, *fitting)).distiller.projectors
+    plan_of(project, "XLEARNER.STAGE", "expand", *HINTS, *SAME_STAGES)  # nothing is squeezed
+
+
+@pytest.mark.parametrize("sharing", ["detached", "shared"])
+def test_a_stage_that_no_branch_has_is_refused(project: Project, sharing: str) -> None:
+    keep(project, "pics")
+    end_at(project, "res3")
+    message = r"has res4 for res5 of the student, but no branch that gives hints has it, as no head reads it"
+    with pytest.raises(ValueError, match=message):
+        plan_of(project, "XLEARNER.SHARING", sharing)
+    shallow = ("XLEARNER.SQUEEZE.TEACHER_STAGES", ["res3", "res3"])
+    assert list(hook_of(plan_of(project, *shallow)).distiller.projectors["classification"]) == ["res4", "res5"]
+    plan_of(project, "XLEARNER.SQUEEZE.HINT_WEIGHT", 0.0)  # labels alone

@@ -19,7 +19,7 @@ from .drawn import Drawn, balance, check_weighting
 from .growth import Growth, check_tasks, read_growth, with_stored_classes
 from .plan_checks import check_head, check_settings, check_tests, check_training
 from .scaling import check_norm, scale_to_workers
-from .squeeze_settings import check_task_weights, squeeze_batches
+from .squeeze_settings import check_task_weights, hint_factors, squeeze_batches
 
 #: What the expand stage leaves in OUTPUT_DIR, and what squeeze starts from.
 EXPANDED_FILE = "expanded.pth"
@@ -240,6 +240,8 @@ def _derive_tasks(asked: _Settings, heads: Mapping[str, CfgNode], drawn: Collect
     trained = [] if asked.growth is None else [task.name for task in asked.growth.tasks]
     problems = check_tasks(asked.cfg, asked.growth, tasks)
     problems += check_task_weights(asked.cfg, tasks, drawn)
-    problems += check_branches(asked.cfg, asked.branches, tasks, trained)
+    factors = hint_factors(asked.cfg, [task.name for task in tasks], drawn)
+    hinting = [task for task, factor in factors.items() if factor * asked.cfg.XLEARNER.SQUEEZE.HINT_WEIGHT]
+    problems += check_branches(asked.cfg, asked.branches, tasks, old=trained, hinting=hinting)
     _stop_at(problems)
     return tuple(tasks)
