@@ -50,7 +50,14 @@ ALLOWED: dict[str, set[str]] = {
     "modeling.necks": set(),
     "modeling.timm_backbone": {"specs", "modeling.necks"},
     "modeling.branches": {"specs", "modeling.timm_backbone"},
-    "modeling.expanded": {"specs", "modeling.branches", "modeling.reconciliation", "modeling.timm_backbone"},
+    "modeling.norm_statistics": set(),
+    "modeling.expanded": {
+        "specs",
+        "modeling.branches",
+        "modeling.norm_statistics",
+        "modeling.reconciliation",
+        "modeling.timm_backbone",
+    },
     "modeling.depth": set(),
     "modeling.adapt": {"labels"},
     "modeling.heads": {

@@ -116,8 +116,8 @@ def _add_squeeze(x: CfgNode) -> None:
     q.ONLINE = False
     # Expanded checkpoint to squeeze; "" takes the one that the expand stage left in OUTPUT_DIR.
     q.TEACHER = ""
-    # Start of the student: "random", a task's name (that branch), a ResNet checkpoint, or "" (the branch of the first
-    # source of classes, else of the first source; random when the student is built otherwise).
+    # Start of the student: "random", a task's name (that branch, as far as it goes), a ResNet checkpoint, or "" (the
+    # branch of the first source of classes, else of the first source; random when the student is built otherwise).
     q.INIT = ""
     # Depth of the student, a ResNet as MODEL.RESNETS says otherwise; 0 takes that of the branches.
     q.DEPTH = 0
@@ -139,7 +139,8 @@ def _add_squeeze(x: CfgNode) -> None:
     q.NORMALISER = "standardise"
     # Whether the student learns from the sources' labels as well, through heads of its own that start as the teacher's.
     q.TASK_LOSSES = True
-    # Whether a branch gives hints for the images of its own task's sources alone, instead of for all images.
+    # Whether a branch gives hints for the images of its own task's sources alone, instead of for all images; a task
+    # whose sources have no TRAIN then gives none.
     q.OWN_IMAGES = False
     # Factor on all hints, against the task losses. Where labels are few and training is long, 3 is level with 1; in
     # short runs it costs points of classification (docs/EXPERIMENTS.md).

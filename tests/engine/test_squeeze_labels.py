@@ -12,7 +12,8 @@ from torch import Tensor
 
 from xlearner_d2.checkpoint.load import read_checkpoint
 from xlearner_d2.engine.plan import Plan, make_plan
-from xlearner_d2.engine.squeeze import SqueezeHook, build_learner, build_squeeze_hook, load_teacher
+from xlearner_d2.engine.squeeze import SqueezeHook, build_squeeze_hook, load_teacher
+from xlearner_d2.engine.student import build_learner
 from xlearner_d2.engine.trainer import build_loader
 from xlearner_d2.modeling.expanded import TRUNK
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from xlearner_d2 import XLearner
 from xlearner_d2.modeling.branches import build_branch, compile_stages
-from xlearner_d2.modeling.expanded import inference_mode_norm
+from xlearner_d2.modeling.norm_statistics import inference_mode_norm
 
 
 def narrow_branch(cfg: CfgNode) -> ResNet:

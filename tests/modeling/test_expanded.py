@@ -2,11 +2,13 @@
 
 import pytest
 import torch
+from detectron2.config import CfgNode
 from detectron2.layers import ShapeSpec
 from detectron2.utils.events import EventStorage
 from torch import nn
 
-from xlearner_d2.modeling.expanded import BranchView, inference_mode_norm
+from xlearner_d2.modeling.expanded import BranchView
+from xlearner_d2.modeling.norm_statistics import copied_statistics, inference_mode_norm
 from xlearner_d2.modeling.reconciliation import ReconciliationLayer
 
 SHARINGS = ("separate", "shared", "detached", "bidirectional")
@@ -175,6 +177,21 @@ def test_forward_all_equals_each_branch(make_model, make_batches):
         assert equal(together[task], backbone(images(), task))
 
 
+@pytest.mark.parametrize("shallow", ["pics", "areas"])
+def test_forward_all_sends_as_deep_as_any_branch_reads(tiny_cfg, make_model, shallow):
+    """A branch that ends at res3 reads no deeper; others do, whatever the order of the tasks."""
+    deep = "areas" if shallow == "pics" else "pics"
+    records = tiny_cfg.XLEARNER.SOURCES
+    ends = ["MODEL.CLASSIFIER.IN_FEATURE", "res3", "MODEL.RESNETS.OUT_FEATURES", ["res3"]]
+    records.pics.OPTS = [*records.pics.get("OPTS", []), *ends]
+    tiny_cfg.XLEARNER.SOURCES = CfgNode({name: records[name] for name in (deep, "boxes", shallow)}, new_allowed=True)
+    backbone = make_model().backbone.eval()
+    together = backbone.forward_all(images())
+    assert list(together["classification"]) == ["res2", "res3"]
+    for task in backbone.tasks:
+        assert equal(together[task], backbone(images(), task))
+
+
 def test_what_is_sent_to_several_groups_is_what_each_would_get_alone(make_model, make_batches):
     """Features and gradients, of groups of one size, for which it is computed together, and of others."""
     model = make_model()
@@ -214,6 +231,18 @@ def test_inference_mode_norm_restores_each_module():
         module(torch.randn(2, 2, 4, 4))
     assert (module.training, module[0].training, module[1].training) == (True, True, False)
     assert not module[0].running_mean.any()
+
+
+def test_inference_mode_norm_runs_with_the_statistics_of_an_earlier_time():
+    module = nn.BatchNorm2d(2).train()
+    x = torch.randn(2, 2, 4, 4)
+    earlier = copied_statistics(module)
+    module(x)
+    now = state_of(module)
+    with inference_mode_norm(module, earlier):
+        torch.testing.assert_close(module(x), x / (1 + module.eps) ** 0.5)
+    assert now["running_mean"].any()
+    assert equal(now, module.state_dict())
 
 
 def test_shared_has_one_trunk_and_no_reconciliation(make_model):

@@ -24,11 +24,16 @@ RANDOM = "random"
 
 
 def student_config(cfg: CfgNode) -> CfgNode:
-    """The project's config with the student's network in ``MODEL``, whatever the branches are."""
+    """The project's config with the student's network in ``MODEL``, whatever the branches are.
+
+    The student learns as a whole, whatever ``FREEZE_AT`` keeps of the branches: a stage kept from one of them could
+    follow no other, and of a student that starts at random it would stay random.
+    """
     squeeze = cfg.XLEARNER.SQUEEZE
     cfg = with_network(cfg, timm=squeeze.TIMM, depth=squeeze.DEPTH)
     cfg.XLEARNER.BRANCHES = CfgNode(new_allowed=True)
     cfg.MODEL.RESNETS.OUT_FEATURES = list(STAGES)
+    cfg.MODEL.BACKBONE.FREEZE_AT = 0
     return cfg
 
 
@@ -68,12 +73,13 @@ def _is_start(weights: str) -> bool:
 
 
 def check_branches(
-    cfg: CfgNode, specs: Sequence[BranchSpec], tasks: Sequence[TaskSpec], old: Sequence[str]
+    cfg: CfgNode, specs: Sequence[BranchSpec], tasks: Sequence[TaskSpec], *, old: Sequence[str], hinting: Sequence[str]
 ) -> list[str]:
     """Problems of networks with their tasks and with the files that they start from; nothing is built in memory.
 
     Args:
         old: tasks that ``XLEARNER.EXTEND`` has.
+        hinting: tasks whose branches the student is to learn from.
     """
     names = [task.name for task in tasks]
     problems = []
@@ -91,7 +97,8 @@ def check_branches(
     starts = {name: start_of(cfg, specs, name) for name in branches if name not in old}
     for name, (setting, path) in starts.items():
         problems += _misfit(branches[name], setting, path)
-    return [*dict.fromkeys(problems), *_check_student(cfg, tasks, branches)]
+    givers = {task: branches[TRUNK if TRUNK in branches else task] for task in hinting}
+    return [*dict.fromkeys(problems), *_check_student(cfg, tasks, branches, givers)]
 
 
 def _unbuildable(cfg: CfgNode, tasks: Sequence[TaskSpec]) -> Iterator[str]:
@@ -123,9 +130,9 @@ def _unbuildable(cfg: CfgNode, tasks: Sequence[TaskSpec]) -> Iterator[str]:
         yield f"Reconciliation layers with MODEL.RESNETS.NORM {norm!r} do not fit these branches: {error}."
 
 
-def _on_meta(cfg: CfgNode, dilation: int, out_features: Sequence[str] = STAGES) -> Branch:
+def _on_meta(cfg: CfgNode, dilation: int) -> Branch:
     with torch.device("meta"):
-        return build_branch(cfg, out_features=out_features, res5_dilation=dilation)
+        return build_branch(cfg, out_features=STAGES, res5_dilation=dilation)
 
 
 def start_of(cfg: CfgNode, specs: Sequence[BranchSpec], name: str) -> tuple[str, str]:
@@ -158,31 +165,62 @@ def is_expanded(path: str) -> bool:
     return "tasks" in read_checkpoint(path).get("xlearner", {})
 
 
-def _check_student(cfg: CfgNode, tasks: Sequence[TaskSpec], branches: Mapping[str, Branch]) -> list[str]:
+def _check_student(
+    cfg: CfgNode, tasks: Sequence[TaskSpec], branches: Mapping[str, Branch], givers: Mapping[str, Branch]
+) -> list[str]:
     """Found now, as the student is built after hours of expansion."""
     if problem := _two_res5(cfg, tasks):
         return [problem]
     start, names = cfg.XLEARNER.SQUEEZE.INIT, [task.name for task in tasks]
     if start not in names and not _is_start(start):
         return [f"XLEARNER.SQUEEZE.INIT is {start!r}, no task and no file.{nearest(start, [*names, RANDOM])}"]
-    features = sorted({stage for branch in branches.values() for stage in branch.output_shape()})
-    student = _on_meta(student_config(cfg), max(task.res5_dilation for task in tasks), features)
+    student = _on_meta(student_config(cfg), max(task.res5_dilation for task in tasks))
+    problems = _check_hints(cfg, student, givers) if givers and _squeezes(cfg) else []
     if start not in names:
-        return _misfit(student, "XLEARNER.SQUEEZE.INIT", start)
+        return [*problems, *_misfit(student, "XLEARNER.SQUEEZE.INIT", start)]
     branch = branches[start] if start in branches else next(iter(branches.values()))
-    if shapes(branch) == shapes(student):
-        return []
+    if fits(branch, student):
+        return problems
     got = f"{network_name(student_config(cfg))} with {', '.join(student.stage_names)}"
     has = f"{network_name(branch_config(cfg, start))} with {', '.join(branch.stage_names)}"
     return [
-        f"XLEARNER.SQUEEZE.INIT is {start!r}, but the student is {got}, and that branch is {has}: set it to random."
+        *problems,
+        f"XLEARNER.SQUEEZE.INIT is {start!r}, but the student is {got}, and that branch is {has}: set it to random.",
     ]
+
+
+def _squeezes(cfg: CfgNode) -> bool:
+    return cfg.XLEARNER.STAGE != "expand" or bool(cfg.XLEARNER.SQUEEZE.ONLINE)
+
+
+def _check_hints(cfg: CfgNode, student: Branch, givers: Mapping[str, Branch]) -> list[str]:
+    """Stages that the student is to learn from, but which no branch has, or some have at a larger stride than its own.
+
+    Args:
+        givers: branches that give hints, by task.
+    """
+    squeeze, problems = cfg.XLEARNER.SQUEEZE, []
+    pairs = zip(squeeze.STAGES, squeeze.TEACHER_STAGES, squeeze.STAGE_WEIGHTS, strict=True)
+    for stage, giver in [(stage, giver) for stage, giver, weight in pairs if weight]:
+        what = f"XLEARNER.SQUEEZE.TEACHER_STAGES has {giver} for {stage} of the student"
+        own = student.output_shape()[stage].stride
+        given = {task: shapes[giver] for task, of in givers.items() if giver in (shapes := of.output_shape())}
+        if not given:
+            problems.append(
+                f"{what}, but no branch that gives hints has it, as no head reads it: name a shallower one."
+            )
+        larger = {task: shape.stride for task, shape in given.items() if own % shape.stride}
+        if larger:
+            listed = ", ".join(f"that of {task} {stride}" for task, stride in larger.items())
+            cure = "set MODEL.RESNETS.RES5_DILATION alike in the OPTS of their sources, or name a shallower stage"
+            problems.append(f"{what}, whose stride is {own}, but {listed}: {cure}.")
+    return problems
 
 
 def _two_res5(cfg: CfgNode, tasks: Sequence[TaskSpec]) -> str:
     """Branches may differ in the stride of res5; heads that share a trunk cannot, as all of the student's do."""
-    squeeze, shared = cfg.XLEARNER.SQUEEZE, cfg.XLEARNER.SHARING == "shared"
-    squeezed = squeeze.TASK_LOSSES and (cfg.XLEARNER.STAGE != "expand" or squeeze.ONLINE)
+    shared = cfg.XLEARNER.SHARING == "shared"
+    squeezed = cfg.XLEARNER.SQUEEZE.TASK_LOSSES and _squeezes(cfg)
     strides = {task.name: 32 // task.res5_dilation for task in tasks if STAGES[-1] in task.out_features}
     if len(set(strides.values())) < 2 or not (shared or squeezed):
         return ""
@@ -194,9 +232,16 @@ def _two_res5(cfg: CfgNode, tasks: Sequence[TaskSpec]) -> str:
     )
 
 
-def shapes(network: torch.nn.Module) -> dict[str, torch.Size]:
-    """By name, the shapes of a network's tensors: alike for networks that can hold each other's weights."""
-    return {name: value.shape for name, value in network.state_dict().items()}
+def fits(branch: Branch, student: Branch) -> bool:
+    """Whether a student can start as a branch: whether both are built alike, as far as the branch goes."""
+    parts = ("stem", *branch.stage_names)
+    return _shapes(branch) == {name: of for name, of in _shapes(student).items() if name.partition(".")[0] in parts}
+
+
+def _shapes(network: Branch) -> dict[str, torch.Size]:
+    """Of its tensors, by name, but for the counters of norm layers: those of frozen stages have none."""
+    shapes = {name: value.shape for name, value in network.state_dict().items()}
+    return {name: shape for name, shape in shapes.items() if not name.endswith("num_batches_tracked")}
 
 
 def load_expanded(model: XLearner, cfg: CfgNode, path: Path) -> LoadReport:

@@ -1,7 +1,7 @@
 """Everything a run needs, validated as a whole before anything is trained or written."""
 
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,7 +21,7 @@ from .drawn import Drawn, balance, check_weighting
 from .growth import Growth, check_tasks, read_growth, with_stored_classes
 from .plan_checks import check_head, check_settings, check_tests, check_training
 from .scaling import check_norm, scale_to_workers
-from .squeeze_settings import check_task_weights
+from .squeeze_settings import check_task_weights, hint_factors, squeeze_batches
 
 #: What the expand stage leaves in OUTPUT_DIR, and what squeeze starts from.
 EXPANDED_FILE = "expanded.pth"
@@ -153,7 +153,7 @@ def make_plan(cfg: CfgNode, *, world_size: int) -> Plan:
         cfg=asked.cfg,
         sources=asked.sources,
         heads=heads,
-        tasks=_derive_tasks(asked, heads),
+        tasks=_derive_tasks(asked, heads, {s.task for s in drawn[squeeze_batches(asked.cfg)].sources}),
         data=data,
         probes=asked.probes,
         drawn=drawn,
@@ -236,12 +236,18 @@ def _check_drawn(
     _stop_at(problems)
 
 
-def _derive_tasks(asked: _Settings, heads: Mapping[str, CfgNode]) -> tuple[TaskSpec, ...]:
-    """The branches, which fit what the squeeze, BRANCHES and the trained expansion say about them."""
+def _derive_tasks(asked: _Settings, heads: Mapping[str, CfgNode], drawn: Collection[str]) -> tuple[TaskSpec, ...]:
+    """The branches, which fit what the squeeze, BRANCHES and the trained expansion say about them.
+
+    Args:
+        drawn: tasks of the sources that the student's batches are drawn from.
+    """
     tasks = derive_tasks(asked.sources, heads)
     trained = [] if asked.growth is None else [task.name for task in asked.growth.tasks]
     problems = check_tasks(asked.cfg, asked.growth, tasks)
-    problems += check_task_weights(asked.cfg, tasks)
-    problems += check_branches(asked.cfg, asked.branches, tasks, trained)
+    problems += check_task_weights(asked.cfg, tasks, drawn)
+    factors = hint_factors(asked.cfg, [task.name for task in tasks], drawn)
+    hinting = [task for task, factor in factors.items() if factor * asked.cfg.XLEARNER.SQUEEZE.HINT_WEIGHT]
+    problems += check_branches(asked.cfg, asked.branches, tasks, old=trained, hinting=hinting)
     _stop_at(problems)
     return tuple(tasks)

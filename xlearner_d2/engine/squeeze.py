@@ -3,7 +3,7 @@
 import logging
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 from detectron2.engine import HookBase, TrainerBase, hooks
@@ -16,23 +16,23 @@ from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 
 from ..checkpoint.export import export_student
-from ..checkpoint.load import load_resnet, load_strictly
-from ..checkpoint.pixels import PixelConvention
+from ..checkpoint.load import load_strictly
 from ..checkpoint.training import TrainingCheckpointer
 from ..data.loader import start_at
 from ..modeling import XLearner
-from ..modeling.branches import Branch, build_branch, compile_stages
 from ..modeling.distill import Distiller, matched_stages
 from ..modeling.expanded import TRUNK
 from ..modeling.weighting import weights_of
 from ..modeling.xlearner import autocast_dtype
-from .branches import load_expanded, shapes, student_config
+from .branches import load_expanded, student_config
 from .failure import stop_at_failure
 from .norm_statistics import WorkerStatistics, share_norm_statistics
 from .optimizer import make_optimizer
 from .plan import STUDENT_FILE, Plan, expanded_file, squeeze_config
 from .provenance import describe_training
+from .squeeze_settings import hint_factors, squeeze_batches
 from .steps import StepTrainer
+from .student import build_learner, build_student, freeze_idle, initialise_student
 from .trainer import StepSeed, build_loader, build_step_trainer, resume, stage_hooks, weigh
 from .workers import patient_group, wait_for_all
 
@@ -150,69 +150,6 @@ def recalibrate(student: nn.Module, teacher: XLearner, loader: Iterable[Any], co
     student.train(training)
 
 
-def build_learner(plan: Plan, teacher: XLearner, stage: str, *, scope: str = "") -> XLearner:
-    """A model with one trunk, the student, and a head for each source, started as the teacher's where shapes allow.
-
-    Args:
-        stage: whose batches it will learn from.
-        scope: prefix of what its heads log.
-    """
-    cfg = student_config(plan.cfg)
-    cfg.XLEARNER.SHARING = "shared"
-    learner = build_model(cfg)
-    learner.log_prefix = f"{scope}/" if scope else ""
-    for source, head in learner.heads.items():
-        own, taught = head.state_dict(), teacher.heads[source].state_dict()
-        fitting = {name: value for name, value in taught.items() if name in own and own[name].shape == value.shape}
-        head.load_state_dict(fitting, strict=False)
-    drawn = {source.name for source in plan.drawn[stage].sources}
-    for source in learner.heads.keys() - drawn:  # no image of theirs will come, and DDP waits for every gradient
-        learner.heads[source].requires_grad_(False)
-    return learner
-
-
-def build_student(plan: Plan, teacher: XLearner) -> Branch:
-    """A plain network with the deepest stage that any branch has."""
-    features = {stage for task in teacher.backbone.tasks for stage in teacher.backbone.output_shape(task)}
-    dilation = max(task.res5_dilation for task in plan.tasks)
-    student = build_branch(student_config(plan.cfg), out_features=sorted(features), res5_dilation=dilation)
-    if plan.cfg.XLEARNER.COMPILE:
-        compile_stages(student, backend=plan.cfg.XLEARNER.COMPILE)
-    return student
-
-
-def initialise_student(student: Branch, plan: Plan, teacher: XLearner) -> None:
-    """Start the student as ``XLEARNER.SQUEEZE.INIT`` says."""
-    start = plan.cfg.XLEARNER.SQUEEZE.INIT or _fitting_branch(student, plan, teacher)
-    if start in teacher.backbone.tasks:
-        branch = teacher.backbone.branch(teacher.backbone.branch_of[start])
-        load_strictly(student, branch.state_dict(), path=f"of branch {start} (XLEARNER.SQUEEZE.INIT)")
-        logger.info(f"The student starts as the branch of task {start}.")
-    elif start != "random":
-        report = load_resnet(student, start, pixels=PixelConvention.of(plan.cfg))
-        logger.info(f"Starting the student from {start}: {report}.")
-
-
-def _fitting_branch(student: Branch, plan: Plan, teacher: XLearner) -> str:
-    """The task of the first source of classes, or of the first source; "random" where its branch is built otherwise.
-
-    Classes take longest to learn: a student that starts elsewhere has to begin them anew (docs/EXPERIMENTS.md).
-    """
-    classes = [s.task for s in plan.sources if plan.heads[s.name].MODEL.META_ARCHITECTURE == "ImageClassifier"]
-    task = next(iter(classes), teacher.backbone.tasks[0])
-    branch = teacher.backbone.branch(teacher.backbone.branch_of[task])
-    return task if shapes(branch) == shapes(student) else "random"
-
-
-def freeze_unmatched(distiller: Distiller) -> None:
-    """Stop training the student's stages after the last one that gets a hint: without labels they get no gradient."""
-    last = max(stage for projectors in distiller.projectors.values() for stage in cast(nn.ModuleDict, projectors))
-    for stage in distiller.student.stage_names:
-        if stage > last:
-            logger.warning(f"{stage} of the student gets no hint (XLEARNER.SQUEEZE.STAGES) and stays as it starts.")
-            getattr(distiller.student, stage).requires_grad_(False)
-
-
 def build_squeeze_hook(
     plan: Plan, teacher: XLearner, batches: Iterable[Any], *, max_iter: int, scope: str = ""
 ) -> SqueezeHook:
@@ -226,9 +163,9 @@ def build_squeeze_hook(
     cfg = squeeze_config(plan.cfg)
     cfg.SOLVER.MAX_ITER = max_iter
     squeeze = cfg.XLEARNER.SQUEEZE
-    stage = "expand" if squeeze.ONLINE else "squeeze"
+    stage = squeeze_batches(cfg)
     learner = build_learner(plan, teacher, stage, scope=scope) if squeeze.TASK_LOSSES else None
-    student = learner.backbone.branch(TRUNK) if learner else build_student(plan, teacher)
+    student = learner.backbone.branch(TRUNK) if learner else build_student(plan)
     initialise_student(student, plan, teacher)
     distiller = Distiller(
         student=student,
@@ -239,12 +176,11 @@ def build_squeeze_hook(
         distance=squeeze.DISTANCE,
         projector_layers=squeeze.PROJECTOR_LAYERS,
         hint_weight=squeeze.HINT_WEIGHT,
-        task_weights=squeeze.TASK_WEIGHTS,
+        task_weights=hint_factors(cfg, teacher.backbone.tasks, {s.task for s in plan.drawn[stage].sources}),
         own_images=squeeze.OWN_IMAGES,
         learner=learner,
     )
-    if learner is None:
-        freeze_unmatched(distiller)
+    freeze_idle(distiller, plan, stage)
     weighed = weigh(plan, distiller, stage) if learner else distiller
     optimizer = make_optimizer(cfg, weighed)
     path = Path(cfg.OUTPUT_DIR) / STUDENT_FILE

@@ -1,6 +1,6 @@
 """Settings of the squeeze, checked before anything is trained."""
 
-from collections.abc import Sequence
+from collections.abc import Collection, Iterable, Sequence
 from pathlib import Path
 
 from detectron2.config import CfgNode
@@ -58,17 +58,38 @@ def check_squeeze(cfg: CfgNode) -> list[str]:
     return problems
 
 
-def check_task_weights(cfg: CfgNode, tasks: Sequence[TaskSpec]) -> list[str]:
-    """Problems of ``XLEARNER.SQUEEZE.TASK_WEIGHTS`` with the tasks that there are."""
-    weights, known = cfg.XLEARNER.SQUEEZE.TASK_WEIGHTS, [task.name for task in tasks]
+def squeeze_batches(cfg: CfgNode) -> str:
+    """The stage whose batches the student learns from."""
+    return "expand" if cfg.XLEARNER.SQUEEZE.ONLINE else "squeeze"
+
+
+def hint_factors(cfg: CfgNode, tasks: Iterable[str], drawn: Collection[str]) -> dict[str, float]:
+    """By task, the factor on the hints of its branch; 0 where ``OWN_IMAGES`` leaves no image to ask for them.
+
+    Args:
+        drawn: tasks of the sources that the student's batches are drawn from.
+    """
+    squeeze = cfg.XLEARNER.SQUEEZE
+    asked = {task: not squeeze.OWN_IMAGES or task in drawn for task in tasks}
+    return {task: squeeze.TASK_WEIGHTS.get(task, 1.0) if of else 0.0 for task, of in asked.items()}
+
+
+def check_task_weights(cfg: CfgNode, tasks: Sequence[TaskSpec], drawn: Collection[str]) -> list[str]:
+    """Problems of ``XLEARNER.SQUEEZE.TASK_WEIGHTS`` with the tasks that there are.
+
+    Args:
+        drawn: as for :func:`hint_factors`.
+    """
+    squeeze, known = cfg.XLEARNER.SQUEEZE, [task.name for task in tasks]
     problems = [
         f"XLEARNER.SQUEEZE.TASK_WEIGHTS names the unknown task {name!r}.{nearest(name, known)}"
-        for name in weights
+        for name in squeeze.TASK_WEIGHTS
         if name not in known
     ]
-    if not cfg.XLEARNER.SQUEEZE.TASK_LOSSES and not any(weights.get(name, 1.0) for name in known):
+    if not squeeze.TASK_LOSSES and not any(hint_factors(cfg, known, drawn).values()):
+        which = "all tasks that have images to train on (OWN_IMAGES)" if squeeze.OWN_IMAGES else "all tasks"
         problems.append(
-            "XLEARNER.SQUEEZE.TASK_WEIGHTS are 0 for all tasks, so the student learns nothing "
+            f"XLEARNER.SQUEEZE.TASK_WEIGHTS are 0 for {which}, so the student learns nothing "
             "unless TASK_LOSSES is True."
         )
     return problems

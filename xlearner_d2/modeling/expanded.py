@@ -13,34 +13,12 @@ from torch import Tensor, nn
 
 from ..specs import ConfigError, TaskSpec
 from .branches import Branch, branch_config, build_branch, compile_stages
+from .norm_statistics import Statistics, copied_statistics, inference_mode_norm
 from .reconciliation import Features, Reconciliation
 from .timm_backbone import STAGES as STAGES
 
 #: Name of the one branch of SHARING "shared".
 TRUNK = "trunk"
-
-
-@contextmanager
-def inference_mode_norm(module: nn.Module) -> Iterator[None]:
-    """Run ``module`` with its running statistics, and leave them as they are.
-
-    A pass with gradient uses copies: its backward pass needs these numbers, and a pass in training that comes before
-    it changes the module's own in place.
-    """
-    training = [child for child in module.modules() if child.training]
-    shared = [(child, *buffer) for child in training for buffer in child.named_buffers(recurse=False)]
-    shared = shared if torch.is_grad_enabled() else []
-    for child, name, value in shared:
-        setattr(child, name, value.clone())
-    for child in training:
-        child.training = False
-    try:
-        yield
-    finally:
-        for child, name, value in shared:
-            setattr(child, name, value)
-        for child in training:
-            child.training = True
 
 
 def _truncate(branch: Branch, deepest: str) -> None:
@@ -98,6 +76,7 @@ class ExpandedBackbone(nn.Module):
         self.memory_format = torch.channels_last if channels_last else torch.contiguous_format
         self.to(memory_format=self.memory_format)
         self._given: _Given | None = None
+        self._statistics: dict[str, Statistics] = {}
 
     @property
     def sends_without_gradient(self) -> bool:
@@ -173,7 +152,10 @@ class ExpandedBackbone(nn.Module):
         images = images.contiguous(memory_format=self.memory_format)
         asked = {task: self.branch_of[task] for task in (self.tasks if tasks is None else tasks)}
         names = tuple(dict.fromkeys(asked.values()))
-        needed = {source: deepest for name in names for source, deepest in self._sources_of(name).items()}
+        needed: dict[str, str] = {}
+        for name in names:
+            for source, read in self._sources_of(name).items():
+                needed[source] = max(read, needed.get(source, read))
         with inference_mode_norm(self):
             aux = self._auxiliary(images, needed)
             features = {name: self._main(name, images, aux, deepest) for name in names}
@@ -193,6 +175,16 @@ class ExpandedBackbone(nn.Module):
             yield
         finally:
             self._given = None
+
+    @contextmanager
+    def sending_as_now(self) -> Iterator[None]:
+        """Branches send with the running statistics that they have now, whatever passes in training make of these."""
+        if self.reconciliation:
+            self._statistics = {name: copied_statistics(self.branch(name)) for name in self.branches}
+        try:
+            yield
+        finally:
+            self._statistics = {}
 
     def only(self, task: str, *, deepest: str) -> "ExpandedBackbone":
         """Drop what a task's stages up to ``deepest`` do not need, and the gradient of what only informs them."""
@@ -227,7 +219,7 @@ class ExpandedBackbone(nn.Module):
     def _plain(self, name: str, images: Tensor, deepest: str) -> Features:
         branch = self.branch(name)
         features: dict[str, Tensor] = {}
-        with inference_mode_norm(branch):
+        with inference_mode_norm(branch, self._statistics.get(name)):
             x = branch.stem(images)
             for stage in branch.stage_names:
                 if stage > deepest:

@@ -184,17 +184,23 @@ class XLearner(nn.Module):
             tasks = [self.task_of[next(iter(group.rows))] for group in groups]
             received = self.backbone.received([(group.images, task) for group, task in zip(groups, tasks, strict=True)])
         names = tuple(dict.fromkeys(self.backbone.branch_of[self.task_of[source]] for source in batches))
-        for part in [(name,) for name in names] if self.backbone.learn_apart else [names]:
-            losses: dict[str, Tensor] = {}
-            with self.autocast():
-                for group, task, sent in zip(groups, tasks, received, strict=True):
-                    if self.backbone.branch_of[task] in part:
-                        features = self.backbone.forward_received(group.images, task, sent)
-                        losses |= self.head_losses(batches, group, features)
-                for source in batches:
-                    if source not in joint and self.backbone.branch_of[self.task_of[source]] in part:
-                        losses |= self._losses(source, batches[source])
-            yield losses
+        with self._sending(batches, joint):
+            for part in [(name,) for name in names] if self.backbone.learn_apart else [names]:
+                losses: dict[str, Tensor] = {}
+                with self.autocast():
+                    for group, task, sent in zip(groups, tasks, received, strict=True):
+                        if self.backbone.branch_of[task] in part:
+                            features = self.backbone.forward_received(group.images, task, sent)
+                            losses |= self.head_losses(batches, group, features)
+                    for source in batches:
+                        if source not in joint and self.backbone.branch_of[self.task_of[source]] in part:
+                            losses |= self._losses(source, batches[source])
+                yield losses
+
+    def _sending(self, batches: SourceBatches, joint: Sequence[str]) -> AbstractContextManager[None]:
+        """What branches send is that of the step's start, also to heads that ask when others have trained already."""
+        asking = [source for source in batches if source not in joint or not self._passes_images_on(source)]
+        return self.backbone.sending_as_now() if asking and len(batches) > 1 else nullcontext()
 
     def _joint_sources(self, batches: SourceBatches) -> list[str]:
         """Sources whose images go through a branch together with others'; a lone one's head calls it itself."""
