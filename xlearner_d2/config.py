@@ -188,7 +188,10 @@ def load_config(config_file: str | Path, opts: Sequence[str] = ()) -> CfgNode:
             cfg.merge_from_other_cfg(read_python_settings(config_file))
         else:
             cfg.merge_from_file(str(config_file), allow_unsafe=True)  # checked above
-    except (KeyError, ValueError, AssertionError, yaml.YAMLError) as error:
+    except KeyError as error:  # yacs's, of the first name that it does not know
+        name = str(error.args[0]).rpartition(": ")[2]
+        raise ConfigError(_check_known(cfg, [name, ""]) or [str(error.args[0])], what=str(config_file)) from error
+    except (ValueError, AssertionError, yaml.YAMLError) as error:
         raise error if isinstance(error, ConfigError) else ConfigError([f"{config_file}: {error}"]) from error
     opts = list(opts)
     if len(opts) % 2:

@@ -196,6 +196,8 @@ def test_all_problems_of_a_config_are_listed_at_once(project):
 @pytest.mark.parametrize(
     ("key", "value", "message"),
     [
+        ("MAX_ITER", 0, r"MAX_ITER is 0, but a number of steps of at least 1 is expected"),
+        ("BASE_LR", -1.0, r"BASE_LR is -1\.0, but a positive number is expected"),
         ("CHECKPOINT_PERIOD", 0, r"CHECKPOINT_PERIOD is 0, but a number of steps of at least 1 is expected"),
         ("CHECKPOINT_PERIOD", -5, r"CHECKPOINT_PERIOD is -5, but a number of steps of at least 1 is expected"),
         ("OPTIMIZER", "Adam", r"OPTIMIZER is 'Adam', but one of SGD, AdamW is expected"),
@@ -204,6 +206,20 @@ def test_all_problems_of_a_config_are_listed_at_once(project):
 def test_settings_of_both_solvers_that_would_end_a_run_midway(project, where, key, value, message):
     with pytest.raises(ConfigError, match=rf"(?m)^  1\. {where}\.{message}"):
         project.dry_run(f"{where}.{key}", value)
+
+
+def test_a_config_without_its_base_is_told_so(project):
+    project.content["MODEL"]["META_ARCHITECTURE"] = "GeneralizedRCNN"  # Detectron2's own
+    project.write(project.content)
+    with pytest.raises(ConfigError, match=r"META_ARCHITECTURE is 'GeneralizedRCNN'.*_BASE_: configs/base\.yaml"):
+        project.dry_run()
+
+
+@pytest.mark.parametrize("place", ["{root}/config.yaml/out", "{root}/config.yaml"])
+def test_a_folder_for_results_that_cannot_be_made(project, place):
+    place = place.format(root=project.root)
+    with pytest.raises(ConfigError, match=rf"OUTPUT_DIR is '{place}', which is no folder and cannot be made one"):
+        project.dry_run("OUTPUT_DIR", place)
 
 
 def test_an_unknown_kind_of_clipping_is_refused_for_both_stages(project):

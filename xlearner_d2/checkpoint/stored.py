@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import yaml
-from detectron2.config import CfgNode
+from detectron2.config import CfgNode, get_cfg
 
 from ..specs import ConfigError
 
@@ -12,6 +12,22 @@ from ..specs import ConfigError
 PIXEL_KEYS = ("INPUT.FORMAT", "MODEL.PIXEL_MEAN", "MODEL.PIXEL_STD")
 #: What decides the features of a model and shows neither in the names nor in the shapes of its weights.
 CONVENTION_KEYS = ("MODEL.RESNETS.STRIDE_IN_1X1", *PIXEL_KEYS)
+
+
+#: What a ResNet is besides its depth.
+_NETWORK_KEYS = tuple(
+    f"MODEL.RESNETS.{name}"
+    for name in ("NUM_GROUPS", "WIDTH_PER_GROUP", "STEM_OUT_CHANNELS", "RES2_OUT_CHANNELS", "RES5_DILATION")
+)
+
+
+def settings_of_its_own(cfg: CfgNode) -> dict[str, Any]:
+    """What a config needs, besides the depth, to use a ResNet that was trained with ``cfg``: what is no default."""
+    default, resnets = get_cfg(), cfg.MODEL.RESNETS
+    keys = [key for key in (*CONVENTION_KEYS, *_NETWORK_KEYS) if _plain(_get(cfg, key)) != _plain(_get(default, key))]
+    if resnets.DEPTH < 50:
+        keys = [key for key in keys if key != "MODEL.RESNETS.STRIDE_IN_1X1"]  # of bottlenecks
+    return {key: _plain(_get(cfg, key)) for key in keys}
 
 
 def stored_config(checkpoint: Mapping[str, Any]) -> dict[str, Any]:

@@ -8,7 +8,7 @@ import argparse
 from pathlib import Path
 
 from ..report.transfer import choose_primary, read_studies, write_report
-from ..results.statistics import analyse
+from ..results.statistics import SUBJECT, analyse
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -19,7 +19,7 @@ def make_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--output", help="where to write (default: the first folder)")
     parser.add_argument(
-        "--subject", default="squeezed", help="backbone, or role of one backbone, that is judged (default: %(default)s)"
+        "--subject", default=SUBJECT, help="backbone, or role of one backbone, that is judged (default: %(default)s)"
     )
     parser.add_argument(
         "--primary",

@@ -12,6 +12,7 @@ import logging
 from pathlib import Path
 
 from ..report.transfer import report_folder
+from ..results.statistics import SUBJECT
 from ..transfer.backbones import parse_backbones
 from ..transfer.command_line import base_parser, log_progress, seeds_of
 from ..transfer.measure import measure
@@ -31,7 +32,9 @@ def make_parser() -> argparse.ArgumentParser:
         help="backbones: a file, {seed} in its path stands for each seed; FILE:TASK for a branch; random (the default)",
     )
     parser.add_argument("--output", default="output/transfer", help="folder of the study (default: %(default)s)")
-    parser.add_argument("--subject", help="the NAME or role that the report judges (default: the last NAME)")
+    parser.add_argument(
+        "--subject", help="the NAME or role that the report judges (default: squeezed, or without it the last NAME)"
+    )
     parser.add_argument("--dry-run", action="store_true", help="check the suite and all data, list the cells, stop")
     parser.add_argument(
         "--opts", nargs="*", default=[], metavar="KEY VALUE", help="overrides of the suite, as pairs of key and value"
@@ -53,5 +56,6 @@ def run(args: argparse.Namespace) -> None:
         dry_run=args.dry_run,
     )
     if not args.dry_run:
-        page = report_folder(args.output, subject=args.subject or backbones[-1].name)
+        names = [backbone.name for backbone in backbones]
+        page = report_folder(args.output, subject=args.subject or (SUBJECT if SUBJECT in names else names[-1]))
         logger.info(f"The report is {page}.")

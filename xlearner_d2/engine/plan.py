@@ -20,6 +20,7 @@ from .branches import check_branches, check_networks
 from .drawn import Drawn, balance, check_weighting
 from .growth import Growth, check_tasks, read_growth, with_stored_classes
 from .plan_checks import check_head, check_settings, check_tests, check_training
+from .resumed import check_unchanged
 from .scaling import check_norm, scale_to_workers
 from .squeeze_settings import check_task_weights, hint_factors, squeeze_batches
 
@@ -89,7 +90,7 @@ def check_output(plan: Plan, *, resume: bool) -> None:
     Raises:
         ConfigError: naming the folder and what to do.
     """
-    problems = []
+    problems = check_unchanged(plan.cfg) if resume else []
     for stage in plan.stages:
         folder = plan.stage_dir(stage)
         if not resume and folder.is_dir() and any(folder.iterdir()):

@@ -1,6 +1,7 @@
 """What is checked of a run's settings, its sources and their heads; each check gives the problems that it finds."""
 
 import importlib.util
+import os
 from collections.abc import Collection, Sequence
 from pathlib import Path
 
@@ -21,6 +22,10 @@ from .squeeze_settings import check_squeeze
 def check_settings(cfg: CfgNode, world_size: int) -> list[str]:
     """Problems of the settings that stand for themselves: those of no source."""
     problems = one_of("STAGE", cfg.XLEARNER.STAGE, STAGES)
+    kind = cfg.MODEL.META_ARCHITECTURE
+    if kind != "XLearner":
+        cure = "Begin the file with _BASE_: configs/base.yaml"
+        problems.append(f"MODEL.META_ARCHITECTURE is {kind!r}, but 'XLearner' is expected. {cure}.")
     problems += check_sampling(cfg, world_size)
     problems += one_of("AMP_PRECISION", cfg.XLEARNER.AMP_PRECISION, AMP_PRECISIONS)
     if cfg.XLEARNER.COMPILE:
@@ -30,6 +35,8 @@ def check_settings(cfg: CfgNode, world_size: int) -> list[str]:
         problems += one_of("RECONCILIATION.STAGES", stage, RESNET_STAGES)
     if cfg.MODEL.DEVICE.startswith("cuda") and not torch.cuda.is_available():
         problems.append(f"MODEL.DEVICE is {cfg.MODEL.DEVICE!r}, but this machine has no usable GPU. Set it to cpu.")
+    if not _can_be_made(Path(cfg.OUTPUT_DIR)):
+        problems.append(f"OUTPUT_DIR is {cfg.OUTPUT_DIR!r}, which is no folder and cannot be made one.")
     if cfg.MODEL.WEIGHTS and "://" not in cfg.MODEL.WEIGHTS and not Path(cfg.MODEL.WEIGHTS).is_file():
         problems.append(f"MODEL.WEIGHTS: there is no file {cfg.MODEL.WEIGHTS}.")
     if cfg.XLEARNER.WANDB and importlib.util.find_spec("wandb") is None:
@@ -42,11 +49,22 @@ def check_settings(cfg: CfgNode, world_size: int) -> list[str]:
     return problems + check_timeouts(cfg) + check_squeeze(cfg)
 
 
+def _can_be_made(folder: Path) -> bool:
+    """Whether a folder is there, or the first of those above it that is lets one write."""
+    there = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
+    return there.is_dir() and os.access(there, os.W_OK | os.X_OK)
+
+
 def _check_solver(solver: CfgNode, where: str) -> list[str]:
     """Problems of those keys that are there; the squeeze's own section has some of them."""
     problems = []
     if solver.get("OPTIMIZER", OPTIMIZERS[0]) not in OPTIMIZERS:
         problems.append(f"{where}.OPTIMIZER is {solver.OPTIMIZER!r}, but one of {', '.join(OPTIMIZERS)} is expected.")
+    steps, rate = solver.get("MAX_ITER", 1), solver.get("BASE_LR", 1.0)
+    if not isinstance(steps, int) or steps < 1:
+        problems.append(f"{where}.MAX_ITER is {steps!r}, but a number of steps of at least 1 is expected.")
+    if not isinstance(rate, int | float) or not rate > 0:
+        problems.append(f"{where}.BASE_LR is {rate!r}, but a positive number is expected.")
     period = solver.get("CHECKPOINT_PERIOD", 1)
     if not isinstance(period, int) or period < 1:
         problems.append(f"{where}.CHECKPOINT_PERIOD is {period!r}, but a number of steps of at least 1 is expected.")

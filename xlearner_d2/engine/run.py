@@ -16,6 +16,7 @@ from detectron2.utils.logger import setup_logger
 from tabulate import tabulate
 
 from ..checkpoint.files import write_atomically
+from ..checkpoint.stored import settings_of_its_own
 from ..data.mappers import build_mapper
 from ..evaluation.trivial import trivial_metrics
 from ..modeling import XLearner
@@ -25,6 +26,7 @@ from .branches import load_expanded, student_config
 from .evaluate import SourceResults, evaluate_sources, probe_student
 from .explain import explain
 from .plan import STUDENT_FILE, Plan, check_expanded, check_output, expanded_file, make_plan
+from .resumed import describe_changes, keep_config
 from .squeeze import squeeze
 from .stopping import ending_on_signals, stopping_when_full
 from .trainer import expand
@@ -43,7 +45,7 @@ def validate(cfg: CfgNode, args: argparse.Namespace, *, world_size: int) -> tupl
     description = explain(plan)
     if args.eval_only:
         check_expanded(plan)
-    elif not args.dry_run:
+    elif not args.dry_run or args.resume or plan.stages == ("squeeze",):
         check_output(plan, resume=args.resume)
     return plan, description
 
@@ -82,11 +84,12 @@ def _run(plan: Plan, args: argparse.Namespace) -> dict[str, Any]:
 
 def _set_up(plan: Plan, args: argparse.Namespace, description: str) -> None:
     """Logs, the copy of the config, and threads."""
-    folder = plan.cfg.OUTPUT_DIR
+    folder, changes = plan.cfg.OUTPUT_DIR, ""
     if comm.is_main_process():
         os.makedirs(folder, exist_ok=True)
         if not args.eval_only:
-            write_atomically(plan.cfg.dump(), Path(folder) / "config.yaml")
+            changes = describe_changes(plan.cfg)
+            keep_config(plan.cfg)
     comm.synchronize()
     logging.raiseExceptions = False  # a log that cannot be written must not hide why
     for name in ("fvcore", "detectron2", "xlearner_d2"):
@@ -97,6 +100,8 @@ def _set_up(plan: Plan, args: argparse.Namespace, description: str) -> None:
     logger.info(f"Command: {args}")
     logger.info(f"Workers: {describe_workers()}.")
     logger.info(f"\n{description}")
+    if changes:
+        logger.warning(changes)
 
 
 def _train(plan: Plan, *, resume: bool) -> XLearner | None:
@@ -128,9 +133,12 @@ def _report_expanded(plan: Plan, model: XLearner, results: SourceResults) -> dic
         if source.train  # the constant answer comes from training data
     }
     folder = Path(plan.cfg.OUTPUT_DIR) / "pictures"
-    _draw(plan, model, folder)
-    logger.info(f"The expanded model on each source's test data, in percent:\n{_table(results, trivial)}")
-    logger.info(f"Pictures of its predictions are in {folder}.")
+    if results:
+        _draw(plan, model, folder)
+        logger.info(f"The expanded model on each source's test data, in percent:\n{_table(results, trivial)}")
+        logger.info(f"Pictures of its predictions are in {folder}.")
+    else:
+        logger.info("The expanded model is not evaluated, as no source has TEST.")
     return {"expanded": results, "trivial": trivial}
 
 
@@ -141,8 +149,11 @@ def _report_student(plan: Plan, weights: Path) -> dict[str, Any]:
         rows = [(name, found["student"], found["random"]) for name, found in probes.items()]
         table = tabulate(rows, headers=["downstream data", "student", "random weights"], floatfmt=".1f")
         logger.info(f"The student's linear-probe accuracy, in percent:\n{table}")
-    network = network_name(student_config(plan.cfg))
-    logger.info(f"The student is a plain {network}: use {weights} as MODEL.WEIGHTS of any Detectron2 config with it.")
+    cfg = student_config(plan.cfg)
+    needed = ", ".join(f"{name} {value!r}" for name, value in settings_of_its_own(cfg).items())
+    condition = f" and these settings, which are not Detectron2's own: {needed}" if needed else ""
+    use = f"use {weights} as MODEL.WEIGHTS of any Detectron2 config with it{condition}"
+    logger.info(f"The student is a plain {network_name(cfg)}: {use}.")
     return {"probes": probes}
 
 

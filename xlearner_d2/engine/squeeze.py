@@ -187,7 +187,7 @@ def build_squeeze_hook(
 
     def export(student: nn.Module) -> None:
         export_student(student, student_config(plan.cfg), path, training=describe_training(plan))
-        logger.info(f"The student is in {path}: give it to MODEL.WEIGHTS of any Detectron2 config with such a network.")
+        logger.info(f"The student is in {path}.")
 
     dtype = autocast_dtype(cfg)
     if dtype is not None and teacher.frozen:  # after all that starts as parts of the teacher

@@ -29,6 +29,8 @@ from .study import (
     role_of,
 )
 
+#: The backbone that is judged unless another one is named.
+SUBJECT = "squeezed"
 #: Set -> seed -> value; a set or a seed that is not there has no cell.
 Values = Mapping[str, Mapping[int, float]]
 #: Sets in groups: what is averaged within each group, then over the groups.
@@ -49,7 +51,7 @@ class _Scope:
 def analyse(
     records: Iterable[CellRecord],
     *,
-    subject: str = "squeezed",
+    subject: str = SUBJECT,
     primary: Mapping[str, str] | None = None,
     goals: Sequence[Goal] = GOALS,
 ) -> Study:

@@ -1,0 +1,51 @@
+"""Settings that change while a run lasts: told, or refused."""
+
+import logging
+from pathlib import Path
+
+import pytest
+from conftest import Project
+
+from xlearner_d2.specs import ConfigError
+
+
+@pytest.fixture(scope="module")
+def project(tmp_path_factory: pytest.TempPathFactory) -> Project:
+    """A run of one source in the folder ``out``, whose expansion is done."""
+    project = Project(tmp_path_factory.mktemp("resumed"))
+    pics = project.content["XLEARNER"]["SOURCES"]["pics"] | {"TEST": []}
+    project.content["XLEARNER"] |= {"SOURCES": {"pics": pics}, "PROBES": {}, "STAGE": "expand"}
+    project.write(project.content)
+    project.run()
+    return project
+
+
+def test_changes_are_told_once(project: Project, caplog: pytest.LogCaptureFixture) -> None:
+    changes = ["SOLVER.BASE_LR", 0.5, "XLEARNER.SOURCES.pics.LOSS_WEIGHT", 2.0]
+    for said in (True, False):
+        caplog.clear()
+        with caplog.at_level(logging.WARNING):
+            project.run(*changes, resume=True)
+        told = "SOLVER.BASE_LR is 0.5, was 0.001; XLEARNER.SOURCES.pics.LOSS_WEIGHT is 2.0, was None."
+        assert (told in caplog.text) is said
+
+
+@pytest.mark.parametrize("dry", [False, True])
+def test_what_checkpoints_are_made_of_stays(project: Project, dry: bool) -> None:
+    """The config that is kept is still that of the run."""
+    kept = Path(project.root / "out/config.yaml").read_text()
+    with pytest.raises(ConfigError) as caught:
+        project.run("MODEL.RESNETS.DEPTH", 101, "XLEARNER.SHARING", "bidirectional", resume=True, dry_run=dry)
+    wish = f"but the run in {project.root}/out has {{!r}}. Set it so, or another OUTPUT_DIR."
+    assert caught.value.problems == [
+        f"MODEL.RESNETS.DEPTH is 101, {wish.format(50)}",
+        f"XLEARNER.SHARING is 'bidirectional', {wish.format('detached')}",
+    ]
+    assert Path(project.root / "out/config.yaml").read_text() == kept
+
+
+def test_a_run_without_tests_says_so(project: Project, caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.INFO):
+        project.run(resume=True)
+    assert "The expanded model is not evaluated, as no source has TEST." in caplog.text
+    assert "Pictures" not in caplog.text

@@ -1,0 +1,54 @@
+"""What has changed in the settings of a run that is resumed."""
+
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, cast
+
+import yaml
+from detectron2.config import CfgNode
+
+from ..checkpoint.files import write_atomically
+
+#: The config that a run was started with, or resumed the last time; in OUTPUT_DIR.
+CONFIG_FILE = "config.yaml"
+#: What the checkpoints of a stage are made of: with other values they fit no more, or go on as something else.
+_FIXED = ("MODEL.RESNETS.", "MODEL.BACKBONE.", "XLEARNER.SHARING", "XLEARNER.RECONCILIATION.", "SOLVER.OPTIMIZER")
+
+
+def keep_config(cfg: CfgNode) -> None:
+    """Write the config of a run into its folder."""
+    write_atomically(cfg.dump(), Path(cfg.OUTPUT_DIR) / CONFIG_FILE)
+
+
+def changed_settings(cfg: CfgNode) -> dict[str, tuple[Any, Any]]:
+    """By name, each setting that differs from those of the run so far: what it was, and what it is; None: not there."""
+    path = Path(cfg.OUTPUT_DIR) / CONFIG_FILE
+    if not path.is_file():
+        return {}
+    before = dict(_flat(cast(dict[str, Any], CfgNode.load_yaml_with_base(str(path), allow_unsafe=False))))
+    now = dict(_flat(yaml.safe_load(cfg.dump())))
+    names = [*now, *(name for name in before if name not in now)]
+    return {name: (before.get(name), now.get(name)) for name in names if before.get(name) != now.get(name)}
+
+
+def check_unchanged(cfg: CfgNode) -> list[str]:
+    """Problems of settings that cannot be changed while a run lasts."""
+    return [
+        f"{name} is {now!r}, but the run in {cfg.OUTPUT_DIR} has {before!r}. Set it so, or another OUTPUT_DIR."
+        for name, (before, now) in changed_settings(cfg).items()
+        if name.startswith(_FIXED)
+    ]
+
+
+def describe_changes(cfg: CfgNode) -> str:
+    """In words; empty when nothing has changed."""
+    changes = [f"{name} is {now!r}, was {before!r}" for name, (before, now) in changed_settings(cfg).items()]
+    return f"Changed since the run was started, or resumed the last time: {'; '.join(changes)}." if changes else ""
+
+
+def _flat(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for name, value in tree.items():
+        if isinstance(value, Mapping) and value:
+            yield from _flat(value, f"{prefix}{name}.")
+        else:
+            yield prefix + name, value
