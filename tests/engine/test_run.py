@@ -55,6 +55,8 @@ def test_one_run_leaves_everything_a_user_needs(finished):
     assert set(metrics["expanded"]["boxes"]["t_boxes"]) == {"bbox/AP", "segm/AP"}
     assert metrics["trivial"]["pics"]["t_pics"]["classification/top1"] == pytest.approx(100 * 3 / 8)
     assert set(metrics["probes"]["pics"]) == {"student", "random"}
+    shape = {source: {name: found.keys() for name, found in of.items()} for source, of in metrics["expanded"].items()}
+    assert {s: {n: f.keys() for n, f in of.items()} for s, of in metrics["squeezed"].items()} == shape
     log = (out / "log.txt").read_text()
     assert "trivial predictor" in log
     assert "use " + str(out / "student_d2.pth") + " as MODEL.WEIGHTS" in log
@@ -98,6 +100,31 @@ def test_resumed_run_ends_with_the_same_weights(finished, project, stage):
     other.run(resume=True)
     for name in ("expanded.pth", "student_d2.pth"):
         assert same(weights(finished.root / "out" / name), weights(out / name)), name
+
+
+@pytest.mark.parametrize(("opts", "online"), [([], False), (["EMA_DECAY", 0.5], False), (["ONLINE", True], True)])
+def test_the_student_that_is_evaluated_is_the_one_that_is_exported(project, monkeypatch, opts, online):
+    """With the statistics of the last recalibration, or the average of its weights; by the heads it learned with."""
+    found = []
+
+    def note(model, plan, sources, *, folder):
+        if model.backbone.tasks and "squeezed" in folder.name:
+            found.append(({name: value.clone() for name, value in model.state_dict().items()}, folder.parent.name))
+        return {source.name: {"set": {"top1": 50.0}} for source in sources}
+
+    for module in ("squeeze", "run"):
+        monkeypatch.setattr(f"xlearner_d2.engine.{module}.evaluate_sources", note)
+    metrics = without_extras(project).run(*(f"XLEARNER.SQUEEZE.{x}" if isinstance(x, str) else x for x in opts))
+    ((state, stage),) = found
+    assert stage == ("expand" if online else "squeeze")
+    trunk = {name.partition("trunk.")[2]: value for name, value in state.items() if ".trunk." in name}
+    exported = weights(project.root / "out/student_d2.pth")  # without the counters of batches
+    assert same({name: value for name, value in trunk.items() if "num_batches" not in name}, exported)
+    assert metrics["squeezed"]["areas"] == {"set": {"top1": 50.0}}
+
+
+def test_hints_alone_leave_no_heads_to_evaluate(project):
+    assert without_extras(project).run("XLEARNER.SQUEEZE.TASK_LOSSES", False)["squeezed"] == {}
 
 
 def test_a_finished_run_is_not_run_again(finished):

@@ -227,6 +227,7 @@ def test_the_comparison_sees_a_changed_weight(weights: Path, tmp_path: Path) -> 
 def test_the_card_tells_where_the_weights_come_from(weights: Path, tmp_path: Path) -> None:
     metrics = {
         "expanded": {"birds": {"birds_val": {"classification/top1": 61.25}}},
+        "squeezed": {"birds": {"birds_val": {"classification/top1": 58.75}}},
         "probes": {"pets": {"student": 70.0, "random": 50.0}},
     }
     student = tmp_path / "student_d2.pth"
@@ -236,5 +237,13 @@ def test_the_card_tells_where_the_weights_come_from(weights: Path, tmp_path: Pat
     front = yaml.safe_load(card.split("---")[1])
     assert front["datasets"] == ["birds_train", "cells_train"]
     assert front["library_name"] == "timm"
-    for text in ("CC BY 4.0", "not stated", "61.2", "70.0", TRAINING["command"], "classification and detection"):
+    for text in (
+        "CC BY 4.0",
+        "not stated",
+        "61.2",
+        "58.8",
+        "70.0",
+        TRAINING["command"],
+        "classification and detection",
+    ):
         assert str(text) in card

@@ -1,6 +1,7 @@
-"""Evaluation of the expanded model: each source's head on each of its test sets, with Detectron2's evaluators."""
+"""Evaluation of what has been trained: each source's head on each of its test sets, with Detectron2's evaluators."""
 
 import logging
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from ..evaluation.probe import probe_backbone
 from ..modeling import XLearner
 from ..modeling.branches import build_branch
 from ..modeling.xlearner import cpu_autocast_dtype
+from ..specs import SourceSpec
 from .branches import student_config
 from .plan import Plan
 from .workers import wait_for_all
@@ -26,11 +28,15 @@ logger = logging.getLogger(__name__)
 SourceResults = dict[str, dict[str, dict[str, float]]]
 
 
-def evaluate_sources(model: XLearner, plan: Plan) -> SourceResults:
-    """Headline metrics of every source on every test set; empty on ranks other than the main one."""
+def evaluate_sources(model: XLearner, plan: Plan, sources: Sequence[SourceSpec], *, folder: Path) -> SourceResults:
+    """Headline metrics of sources on their test sets; empty on ranks other than the main one.
+
+    Args:
+        folder: where predictions are kept.
+    """
     results: SourceResults = {}
     with inference_context(model), model.autocast():
-        for source in plan.sources:
+        for source in sources:
             for name, records in plan.data[source.name].test.items():
                 head = plan.heads[source.name]
                 # Images of other sizes are padded to those of their batch, which features depend on: one by one then,
@@ -42,8 +48,7 @@ def evaluate_sources(model: XLearner, plan: Plan) -> SourceResults:
                     batch_size=max(source.ims_per_batch // comm.get_world_size(), 1) if one_size else 1,
                     num_workers=plan.cfg.DATALOADER.NUM_WORKERS,
                 )
-                folder = plan.stage_dir("expand") / "inference" / source.name / name
-                evaluator = build_evaluator(name, output_dir=str(folder), head=head)
+                evaluator = build_evaluator(name, output_dir=str(folder / source.name / name), head=head)
                 found: Any = inference_on_dataset(model.heads[source.name], loader, evaluator)
                 wait_for_all()  # the main worker scores what all have found
                 if comm.is_main_process():

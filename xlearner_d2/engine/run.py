@@ -27,7 +27,7 @@ from .evaluate import SourceResults, evaluate_sources, probe_student
 from .explain import explain
 from .plan import STUDENT_FILE, Plan, check_expanded, check_output, expanded_file, make_plan
 from .resumed import describe_changes, keep_config
-from .squeeze import squeeze
+from .squeeze import SOURCE_RESULTS, squeeze
 from .stopping import ending_on_signals, stopping_when_full
 from .trainer import expand
 from .workers import describe_workers, wait_for_all
@@ -68,14 +68,15 @@ def _run(plan: Plan, args: argparse.Namespace) -> dict[str, Any]:
     model = _load_expanded(plan) if args.eval_only else _train(plan, resume=args.resume)
     metrics: dict[str, Any] = {}
     if model is not None:
-        metrics |= _report_expanded(plan, model, evaluate_sources(model, plan))
-    student = Path(plan.cfg.OUTPUT_DIR) / STUDENT_FILE
-    if comm.is_main_process() and student.is_file():
-        metrics |= _report_student(plan, student)
+        folder = plan.stage_dir("expand") / "inference"
+        metrics |= _report_expanded(plan, model, evaluate_sources(model, plan, plan.sources, folder=folder))
     if comm.is_main_process():
         path = Path(plan.cfg.OUTPUT_DIR) / "metrics.json"
         if path.is_file():  # of a stage that was run before
             metrics = {**json.loads(path.read_text()), **metrics}
+        student = Path(plan.cfg.OUTPUT_DIR) / STUDENT_FILE
+        if student.is_file():
+            metrics |= _report_student(plan, student, metrics)
         write_atomically(json.dumps(metrics, indent=2) + "\n", path)
         logger.info(f"All results are in {path}.")
     wait_for_all()
@@ -135,15 +136,25 @@ def _report_expanded(plan: Plan, model: XLearner, results: SourceResults) -> dic
     folder = Path(plan.cfg.OUTPUT_DIR) / "pictures"
     if results:
         _draw(plan, model, folder)
-        logger.info(f"The expanded model on each source's test data, in percent:\n{_table(results, trivial)}")
+        table = _table(results, trivial, ("expanded", "trivial predictor"))
+        logger.info(f"The expanded model on each source's test data, in percent:\n{table}")
         logger.info(f"Pictures of its predictions are in {folder}.")
     else:
         logger.info("The expanded model is not evaluated, as no source has TEST.")
     return {"expanded": results, "trivial": trivial}
 
 
-def _report_student(plan: Plan, weights: Path) -> dict[str, Any]:
-    """Probe the student on downstream data, show the table."""
+def _report_student(plan: Plan, weights: Path, metrics: Mapping[str, Any]) -> dict[str, Any]:
+    """Probe the student on downstream data, show this and what it has with the heads that it was squeezed with.
+
+    Args:
+        metrics: those of the expanded model, if they are known.
+    """
+    path = plan.stage_dir("expand" if plan.cfg.XLEARNER.SQUEEZE.ONLINE else "squeeze") / SOURCE_RESULTS
+    own: SourceResults = json.loads(path.read_text()) if path.is_file() else {}
+    if own:
+        table = _table(own, metrics.get("expanded", {}), ("squeezed", "expanded"))
+        logger.info(f"The student, with the heads that it was squeezed with, on each source's test data:\n{table}")
     probes = probe_student(plan, weights)
     if probes:
         rows = [(name, found["student"], found["random"]) for name, found in probes.items()]
@@ -154,17 +165,18 @@ def _report_student(plan: Plan, weights: Path) -> dict[str, Any]:
     condition = f" and these settings, which are not Detectron2's own: {needed}" if needed else ""
     use = f"use {weights} as MODEL.WEIGHTS of any Detectron2 config with it{condition}"
     logger.info(f"The student is a plain {network_name(cfg)}: {use}.")
-    return {"probes": probes}
+    return {"squeezed": own, "probes": probes}
 
 
-def _table(results: SourceResults, trivial: Mapping[str, Mapping[str, Mapping[str, float]]]) -> str:
+def _table(results: SourceResults, others: SourceResults, names: tuple[str, str]) -> str:
+    """Results of what is named first beside those of what is named second."""
     rows = [
-        (source, name, metric, value, trivial.get(source, {}).get(name, {}).get(metric))
+        (source, name, metric, value, others.get(source, {}).get(name, {}).get(metric))
         for source, by_name in results.items()
         for name, found in by_name.items()
         for metric, value in found.items()
     ]
-    return tabulate(rows, headers=["source", "test data", "metric", "expanded", "trivial predictor"], floatfmt=".1f")
+    return tabulate(rows, headers=["source", "test data", "metric", *names], floatfmt=".1f")
 
 
 def _draw(plan: Plan, model: XLearner, folder: Path) -> None:

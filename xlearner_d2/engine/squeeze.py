@@ -1,5 +1,6 @@
 """The squeeze stage: a hook that distils the expanded backbone into a plain network, and what it needs to run alone."""
 
+import json
 import logging
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
@@ -16,6 +17,7 @@ from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 
 from ..checkpoint.export import export_student
+from ..checkpoint.files import write_atomically
 from ..checkpoint.load import load_strictly
 from ..checkpoint.training import TrainingCheckpointer
 from ..data.loader import start_at
@@ -25,6 +27,7 @@ from ..modeling.expanded import TRUNK
 from ..modeling.weighting import weights_of
 from ..modeling.xlearner import autocast_dtype
 from .branches import load_expanded, student_config
+from .evaluate import evaluate_sources
 from .failure import stop_at_failure
 from .norm_statistics import WorkerStatistics, share_norm_statistics
 from .optimizer import make_optimizer
@@ -38,6 +41,9 @@ from .workers import patient_group, wait_for_all
 
 logger = logging.getLogger(__name__)
 
+#: In the folder of the stage: what the student has on the sources' test data, with the heads it was squeezed with.
+SOURCE_RESULTS = "squeezed.json"
+
 
 class SqueezeHook(HookBase):
     """One distillation step after each step of whatever trainer it is attached to; at the end, export the student.
@@ -50,8 +56,8 @@ class SqueezeHook(HookBase):
         scheduler: of that optimiser's learning rate, stepped once a step.
         recalibration: loader of the images over which the student's BN statistics are estimated at the end.
         recalibration_batches: how many batches of them; 0 keeps the running averages.
-        export: called with the student at the end.
-        average: running average of the student's weights, which is exported instead of the student; None for none.
+        finish: called by all workers at the end, when the student is what is to be exported.
+        average: running average of the student's weights, which it ends with; None for none.
     """
 
     def __init__(
@@ -61,14 +67,14 @@ class SqueezeHook(HookBase):
         scheduler: Any,
         recalibration: Iterable[Any],
         recalibration_batches: int,
-        export: Callable[[nn.Module], None],
+        finish: Callable[[], None],
         average: ModelEmaV3 | None = None,
     ):
         self.inner = trainer
         self.scheduler = scheduler
         self.recalibration = recalibration
         self.recalibration_batches = recalibration_batches
-        self.export = export
+        self.finish = finish
         self.average = average
 
     @property
@@ -88,11 +94,12 @@ class SqueezeHook(HookBase):
     def after_train(self) -> None:
         if self.trainer.iter < self.trainer.max_iter:
             return  # stopped early: the checkpoint holds the state, there is nothing to export yet
-        student = self.distiller.student if self.average is None else self.average.module
-        recalibrate(student, self.distiller.teacher, self.recalibration, self.recalibration_batches)
-        share_norm_statistics(student)
-        if comm.is_main_process():
-            self.export(student)
+        distiller = self.distiller
+        if self.average is not None:
+            distiller.student.load_state_dict(self.average.module.state_dict())
+        recalibrate(distiller.student, distiller.teacher, self.recalibration, self.recalibration_batches)
+        share_norm_statistics(distiller.learner or distiller.student)
+        self.finish()
         wait_for_all()
 
     def state_dict(self) -> dict[str, Any]:
@@ -185,9 +192,14 @@ def build_squeeze_hook(
     optimizer = make_optimizer(cfg, weighed)
     path = Path(cfg.OUTPUT_DIR) / STUDENT_FILE
 
-    def export(student: nn.Module) -> None:
-        export_student(student, student_config(plan.cfg), path, training=describe_training(plan))
-        logger.info(f"The student is in {path}.")
+    def finish() -> None:
+        folder, results = plan.stage_dir(stage), {}
+        if learner is not None:
+            results = evaluate_sources(learner, plan, plan.drawn[stage].sources, folder=folder / "inference_squeezed")
+        if comm.is_main_process():
+            write_atomically(json.dumps(results, indent=2) + "\n", folder / SOURCE_RESULTS)
+            export_student(student, student_config(plan.cfg), path, training=describe_training(plan))
+            logger.info(f"The student is in {path}.")
 
     dtype = autocast_dtype(cfg)
     if dtype is not None and teacher.frozen:  # after all that starts as parts of the teacher
@@ -199,7 +211,7 @@ def build_squeeze_hook(
         scheduler=build_lr_scheduler(cfg, optimizer),
         recalibration=build_loader(plan, "squeeze", seed_offset=1),
         recalibration_batches=squeeze.BN_RECALIBRATION_BATCHES,
-        export=export,
+        finish=finish,
         average=ModelEmaV3(student, decay=squeeze.EMA_DECAY, use_warmup=True) if squeeze.EMA_DECAY else None,
     )
 

@@ -182,7 +182,7 @@ def expand(plan: Plan, *, resume_run: bool) -> XLearner:
     def evaluate() -> SourceResults:
         share_norm_statistics(model)
         with stopping_when_full():
-            return evaluate_sources(model, plan)
+            return evaluate_sources(model, plan, plan.sources, folder=folder / "inference")
 
     # Alternating steps have one branch each, and DDP looks in their losses for the parameters that they leave out.
     learner = weighed if cfg.XLEARNER.STEPS == "alternating" else LossesByBranch(weighed)

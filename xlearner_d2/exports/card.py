@@ -139,18 +139,22 @@ def _training(training: Mapping[str, Any]) -> str:
     return "## Training\n\n" + "\n".join([*rows, "", *facts])
 
 
+def _source_rows(results: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> list[str]:
+    return [
+        f"| {source} | {name} | {metric} | {value:.1f} |"
+        for source, by_name in results.items()
+        for name, metrics in by_name.items()
+        for metric, value in metrics.items()
+        if isinstance(value, int | float) and "-" not in metric
+    ]
+
+
 def _metrics(path: Path) -> str:
     """What the run has measured, from the metrics.json beside the weights."""
     if not path.is_file():
         return ""
     found = json.loads(path.read_text(encoding="utf-8"))
-    rows = [
-        f"| {source} | {name} | {metric} | {value:.1f} |"
-        for source, by_name in found.get("expanded", {}).items()
-        for name, metrics in by_name.items()
-        for metric, value in metrics.items()
-        if isinstance(value, int | float) and "-" not in metric
-    ]
+    own, rows = (_source_rows(found.get(name, {})) for name in ("squeezed", "expanded"))
     probes = [
         f"| {name} | linear probe, top-1 | {values['student']:.1f} |"
         for name, values in found.get("probes", {}).items()
@@ -158,6 +162,9 @@ def _metrics(path: Path) -> str:
     parts = []
     if probes:
         parts += ["Of these weights:", "", "| data | metric | percent |", "|---|---|---|", *probes, ""]
+    if own:
+        parts += ["Of these weights, with the heads that they were squeezed with:", ""]
+        parts += ["| source | test data | metric | percent |", "|---|---|---|---|", *own, ""]
     if rows:
         parts += ["Of the expanded model that they were squeezed from:", ""]
         parts += ["| source | test data | metric | percent |", "|---|---|---|---|", *rows]
