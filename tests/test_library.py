@@ -29,7 +29,10 @@ def test_the_tutorial(openmoji: Path, tmp_path: Path) -> None:
     environment = {"DETECTRON2_DATASETS": str(openmoji), "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-2000:]
-    assert done.stdout.splitlines()[-2:] == ["['expanded', 'probes', 'squeezed', 'trivial'] 18", "output/tutorial/hub True"]
+    assert done.stdout.splitlines()[-2:] == [
+        "['expanded', 'probes', 'squeezed', 'trivial'] 18",
+        "output/tutorial/hub True",
+    ]
     assert (tmp_path / "output/tutorial/hub/README.md").is_file()
 
 
