@@ -131,3 +131,10 @@ def openmoji(tmp_path_factory: pytest.TempPathFactory) -> Path:
     make = [sys.executable, "datasets/prepare_openmoji.py", "--scale", "0.1", "--output", str(folder / "openmoji")]
     subprocess.run(make, cwd=root, check=True, capture_output=True)
     return folder
+
+
+@pytest.fixture
+def batch(make_batches: Callable[..., Any]) -> list[dict[str, Any]]:
+    """Two images with boxes, masks and semantic labels, of the source ``one``."""
+    made = make_batches("boxes", "areas")
+    return [{**area, **box, "source": "one"} for box, area in zip(made["boxes"], made["areas"], strict=True)]

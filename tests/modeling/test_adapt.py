@@ -48,12 +48,6 @@ def make(tiny_cfg: CfgNode) -> Callable[[str], XLearner]:
     return build
 
 
-@pytest.fixture
-def batch(make_batches: Callable[..., Any]) -> list[dict[str, Any]]:
-    made = make_batches("boxes", "areas")
-    return [{**area, **box} for box, area in zip(made["boxes"], made["areas"], strict=True)]
-
-
 def losses_of(model: XLearner, batch: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
     torch.manual_seed(1)
     with EventStorage():

@@ -69,13 +69,6 @@ def make(tiny_cfg: CfgNode) -> Make:
     return build
 
 
-@pytest.fixture
-def batch(make_batches: Callable[..., Any]) -> list[dict[str, Any]]:
-    """Two images with boxes, masks and semantic labels."""
-    made = make_batches("boxes", "areas")
-    return [{**area, **box, "source": "one"} for box, area in zip(made["boxes"], made["areas"], strict=True)]
-
-
 @pytest.mark.parametrize("config", ZOO)
 def test_zoo_config_learns_and_predicts(make: Make, batch: list[dict[str, Any]], config: str) -> None:
     model = make(one=record(config))

@@ -28,6 +28,7 @@ from .explain import explain
 from .plan import STUDENT_FILE, Plan, check_expanded, check_output, expanded_file, make_plan
 from .resumed import describe_changes, keep_config
 from .squeeze import SOURCE_RESULTS, squeeze
+from .squeeze_settings import squeeze_batches
 from .stopping import ending_on_signals, stopping_when_full
 from .trainer import expand
 from .workers import describe_workers, wait_for_all
@@ -150,7 +151,7 @@ def _report_student(plan: Plan, weights: Path, metrics: Mapping[str, Any]) -> di
     Args:
         metrics: those of the expanded model, if they are known.
     """
-    path = plan.stage_dir("expand" if plan.cfg.XLEARNER.SQUEEZE.ONLINE else "squeeze") / SOURCE_RESULTS
+    path = plan.stage_dir(squeeze_batches(plan.cfg)) / SOURCE_RESULTS
     own: SourceResults = json.loads(path.read_text()) if path.is_file() else {}
     if own:
         table = _table(own, metrics.get("expanded", {}), ("squeezed", "expanded"))

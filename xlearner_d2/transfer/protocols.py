@@ -33,7 +33,7 @@ from ..modeling.xlearner import cpu_autocast_dtype
 from ..specs import ConfigError, SourceSpec, nearest
 from .backbones import BackboneSpec, load_backbone
 from .memo import MemoisedBackbone
-from .reading import Mapped, make_loader, training_batches
+from .reading import Mapped, evaluation_batches, training_batches
 from .suite import ProtocolSpec, SetSpec, Suite
 
 logger = logging.getLogger(__name__)
@@ -221,7 +221,9 @@ def fine_tune(
     batches = training_batches(train, chosen, seed=seed, **loading)
     curve = _train(wrapped, cfg, suite.cfg, batches, seed=seed)
     evaluator = build_evaluator(spec.test, output_dir=None)
-    result: Mapping[str, Mapping[str, float]] = inference_on_dataset(wrapped, make_loader(test, **loading), evaluator)
+    result: Mapping[str, Mapping[str, float]] = inference_on_dataset(
+        wrapped, evaluation_batches(test, **loading), evaluator
+    )
     figures = {f"{name}/{key}": float(value) for name, of in result.items() for key, value in of.items()}
     if protocol.metric not in figures:
         known = nearest(protocol.metric, figures)

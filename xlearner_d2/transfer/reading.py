@@ -56,11 +56,16 @@ def training_batches(
     """Endless batches, shuffled epoch by epoch; a pure function of the seed."""
     streams = {"": Shuffled(len(chosen), seed=(seed, ""))}
     sampler = JointSampler(streams=streams, batch_sizes={"": batch_size}, seed=seed)
-    return make_loader(_Drawn(data, chosen), batch_sampler=sampler, num_workers=0 if data.is_kept else num_workers)
+    return _make_loader(_Drawn(data, chosen), data, num_workers, batch_sampler=sampler)
 
 
-def make_loader(data: Dataset[dict[str, Any]], *, num_workers: int, **options: Any) -> DataLoader[Any]:
+def evaluation_batches(data: Mapped, *, batch_size: int, num_workers: int) -> DataLoader[Any]:
+    """All records, in order."""
+    return _make_loader(data, data, num_workers, batch_size=batch_size)
+
+
+def _make_loader(dataset: Dataset[dict[str, Any]], data: Mapped, num_workers: int, **options: Any) -> DataLoader[Any]:
     """Lists of records, read by processes of their own where these are not kept in memory."""
     kill_readers_at_exit(os.getpid())
-    number = 0 if isinstance(data, Mapped) and data.is_kept else reading_processes(num_workers)
-    return DataLoader(data, num_workers=number, collate_fn=list, worker_init_fn=prepare_process, **options)
+    number = 0 if data.is_kept else reading_processes(num_workers)
+    return DataLoader(dataset, num_workers=number, collate_fn=list, worker_init_fn=prepare_process, **options)
