@@ -133,6 +133,12 @@ CASES = {
         lambda p: rewrite_json(p, lambda content: content.update(annotations=[])),
         r"SOURCES\.boxes\.TRAIN \['t_boxes'\]: no image has an annotation",
     ),
+    "RLE mask among polygons": (
+        lambda p: rewrite_json(
+            p, lambda content: content["annotations"][6].update(segmentation={"size": [64, 64], "counts": [0, 4096]})
+        ),
+        r"TRAIN \['t_boxes'\]: 1 of 8 objects have an RLE mask, as in .*6\.png, but INPUT\.MASK_FORMAT is 'polygon'",
+    ),
     "object without a mask": (
         lambda p: rewrite_json(p, lambda content: content["annotations"][6].pop("segmentation")),
         r"SOURCES\.boxes\.TRAIN \['t_boxes'\]: 1 of 8 objects have no mask \(segmentation\), as in .*boxes/6\.png, but",

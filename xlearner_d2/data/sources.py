@@ -168,14 +168,23 @@ def _incomplete_objects(records: Records, source: SourceSpec, head: CfgNode) -> 
         return []
     problems = []
     learned = {setting: of for setting, of in _LEARNED.items() if head.MODEL[setting]}
+    total = sum(len(_objects(record)) for record in records)
     for setting, (key, name, cure) in learned.items():
         lacking = [record["file_name"] for record in records for it in _objects(record) if key not in it]
         if lacking:
-            total = sum(len(_objects(record)) for record in records)
             lack = f"{len(lacking)} of {total} objects have no {name} ({key}), as in {lacking[0]}"
             wish = f"MODEL.{setting} needs that of each: {cure}, or set MODEL.{setting} False in OPTS"
             problems.append(f"{_train_setting(source)}: {lack}, but {wish}.")
+    pixels = [record["file_name"] for record in records for it in _objects(record) if _is_rle(it)]
+    if pixels and head.MODEL.MASK_ON and head.INPUT.MASK_FORMAT == "polygon":
+        got = f"{len(pixels)} of {total} objects have an RLE mask, as in {pixels[0]}"
+        text = f"{got}, but INPUT.MASK_FORMAT is 'polygon'. Set it to bitmask in OPTS."
+        problems.append(f"{_train_setting(source)}: {text}")
     return problems
+
+
+def _is_rle(item: dict[str, Any]) -> bool:
+    return isinstance(item.get("segmentation"), dict)
 
 
 def _objects(record: dict[str, Any]) -> Records:
