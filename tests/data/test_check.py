@@ -87,6 +87,10 @@ BAD: dict[str, tuple[Callable[[Records], object], str]] = {
         lambda records: Path(records[1]["file_name"]).write_text("<html></html>"),
         "1.jpg cannot be decoded as an image: it is in no known image format",
     ),
+    "16-bit image": (
+        lambda records: Image.new("I;16", (12, 8), 900).save(records[1]["file_name"], "PNG"),
+        "1.jpg has the mode I;16, but 8 bits a channel are expected, as all above 255 would become white",
+    ),
     "wrong size": (
         lambda records: records[1].update(width=13),
         "1.jpg is 12 x 8 pixels, but its annotation says 13 x 8",

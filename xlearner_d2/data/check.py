@@ -229,10 +229,13 @@ def _decode(record: Record, metadata: Metadata) -> list[Finding]:
     """Decode a record's image and label PNG."""
     file = str(record["file_name"])
     try:
-        width, height = _decode_image(file)
+        width, height, mode = _decode_image(file)
     except _DECODE_ERRORS as error:
         return [("damaged images", f"{file} cannot be decoded as an image: {_words(error)}.")]
     findings = []
+    if mode.startswith(("I", "F")):  # which Pillow turns into RGB by cutting off what is above 255
+        text = f"{file} has the mode {mode}, but 8 bits a channel are expected, as all above 255 would become white."
+        findings.append(("images of more than 8 bits", text))
     expected = (record.get("width", width), record.get("height", height))
     if expected != (width, height):
         text = f"{file} is {width} x {height} pixels, but its annotation says {expected[0]} x {expected[1]}."
@@ -259,15 +262,15 @@ def _words(error: BaseException) -> str:
     return str(error).rstrip(".") or type(error).__name__
 
 
-def _decode_image(file: str) -> tuple[int, int]:
-    """Width and height as Detectron2 reads the image, which turns it as its EXIF tag says."""
+def _decode_image(file: str) -> tuple[int, int, str]:
+    """Width and height as Detectron2 reads the image, which turns it as its EXIF tag says, and Pillow's mode."""
     with PathManager.open(file, "rb") as stream, Image.open(stream) as image:
-        width, height = image.size
+        (width, height), mode = image.size, image.mode
         transposed = image.getexif().get(_EXIF_ORIENTATION) in _EXIF_TRANSPOSED
         # JPEG decodes at an eighth of the size several times faster, and still notices what is missing.
         image.draft(image.mode, (1, 1))
         image.load()
-    return (height, width) if transposed else (width, height)
+    return (height, width, mode) if transposed else (width, height, mode)
 
 
 def _check_label(file: str, size: tuple[int, int], metadata: Metadata) -> list[Finding]:
