@@ -12,6 +12,7 @@ from detectron2.structures import BoxMode
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
+from pycocotools import mask as rle
 
 from xlearner_d2.data.check import check_records, check_same_classes
 from xlearner_d2.data.problems import Problems
@@ -150,6 +151,38 @@ def test_decodes_a_share_of_the_images_but_looks_for_all(tmp_path: Path) -> None
     assert first.endswith("5.jpg does not exist.")
     assert [problem.split(" cannot")[0][-5:] for problem in decoded] == ["0.jpg", "4.jpg", "8.jpg"]
     assert len(check(records, max_images=0)) == 1
+
+
+def test_boxes_that_are_shares_of_the_image(tmp_path: Path) -> None:
+    records = make_records(tmp_path)
+    for record in records:
+        record["annotations"][0].update(bbox=[0.1, 0.2, 0.5, 0.7])
+    (problem,) = check(records)
+    assert "all 3 boxes are in the first pixel of their image: pixels are expected" in problem
+    records[0]["annotations"][0].update(bbox=[1, 2, 11, 6])
+    assert check(records) == []
+
+
+@pytest.mark.parametrize(
+    ("mask", "message"),
+    [
+        ([[1, 2, 12, 2, 12, 8, 1, 8]], ""),
+        ([[1, 2, 3, 2, 3, 4], [9, 6, 12, 8, 9, 8]], ""),
+        (rle.encode(np.ones((8, 12), np.uint8, order="F")), ""),
+        (rle.encode(np.ones((12, 8), np.uint8, order="F")), "object 1 is 8 x 12 pixels, but its image is 12 x 8"),
+        ({"size": [8, 12], "counts": b"no!"}, "the mask of object 1 is no RLE: "),
+        (
+            [[0.1, 0.2, 1.0, 0.2, 1.0, 1.0]],
+            "object 1 lies from [0.1, 0.2] to [1.0, 1.0], but its box from [6, 2] to",
+        ),
+    ],
+)
+def test_masks(tmp_path: Path, mask: Any, message: str) -> None:
+    records = make_records(tmp_path)
+    box = [6, 2, 6, 6] if message.startswith("object 1 lies") else [1, 2, 11, 6]
+    records[1]["annotations"][0].update(segmentation=mask, bbox=box)
+    problems = check(records)
+    assert [message in problem for problem in problems] == ([True] if message else [])
 
 
 def test_few_degenerate_boxes_are_tolerated(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

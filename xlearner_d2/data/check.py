@@ -16,7 +16,7 @@ from detectron2.utils.file_io import PathManager
 from PIL import Image, UnidentifiedImageError
 from tqdm import tqdm  # type: ignore[import-untyped]
 
-from .check_pixels import check_depth, check_segments
+from .check_pixels import check_depth, check_masks, check_segments
 from .problems import Problems
 
 logger = logging.getLogger(__name__)
@@ -158,28 +158,35 @@ def _segment_names(segment: Record, metadata: Metadata) -> Sequence[str] | None:
 
 
 def _check_boxes(records: Sequence[Record], problems: Problems) -> None:
-    """Boxes of no size, of numbers that are not finite, or outside their image."""
-    total = 0
+    """Boxes of no size, of numbers that are not finite, or outside their image; or shares of it instead of pixels."""
+    total = shares = 0
     for record in records:
         for item in record.get("annotations", ()):
             if item.get("bbox_mode") not in (BoxMode.XYWH_ABS, BoxMode.XYXY_ABS) or "bbox" not in item:
                 continue  # rotated boxes, which may leave the image
             total += 1
+            shares += max(_corners(item)) <= 1
             text = _judge_box(item, record.get("height", math.inf), record.get("width", math.inf))
             if text:
                 shown = [round(float(value), 2) for value in item["bbox"]]
                 mode = BoxMode(item["bbox_mode"]).name
                 problems.add(_BOX_KIND, f"{record['file_name']}: the box {shown} ({mode}) {text}.")
+    if total and shares == total:
+        text = f"all {total} boxes are in the first pixel of their image: pixels are expected, not shares of its size."
+        problems.add("boxes that are shares", text)
     if 0 < problems.count(_BOX_KIND) <= TOLERATED_BOXES * total:
         few = problems.pop(_BOX_KIND)
         logger.warning("%s: %d of %d boxes will be dropped: %s", problems.subject, len(few), total, few[0])
 
 
+def _corners(item: Record) -> tuple[float, float, float, float]:
+    x0, y0, x1, y1 = item["bbox"]
+    return (x0, y0, x0 + x1, y0 + y1) if item["bbox_mode"] == BoxMode.XYWH_ABS else (x0, y0, x1, y1)
+
+
 def _judge_box(item: Record, height: float, width: float) -> str:
     """What is wrong with an object's box, or an empty string."""
-    x0, y0, x1, y1 = item["bbox"]
-    if item["bbox_mode"] == BoxMode.XYWH_ABS:
-        x1, y1 = x0 + x1, y0 + y1
+    x0, y0, x1, y1 = _corners(item)
     if not (x1 > x0 and y1 > y0):
         return f"is {x1 - x0:g} x {y1 - y0:g} pixels, but a positive width and height are expected"
     if min(x0, y0) < -BOX_MARGIN or x1 > width + BOX_MARGIN or y1 > height + BOX_MARGIN:
@@ -240,6 +247,7 @@ def _decode(record: Record, metadata: Metadata) -> list[Finding]:
     if expected != (width, height):
         text = f"{file} is {width} x {height} pixels, but its annotation says {expected[0]} x {expected[1]}."
         findings.append(("wrong image sizes", text))
+    findings += check_masks(record, (width, height))
     if "sem_seg_file_name" in record:
         findings += _check_label(str(record["sem_seg_file_name"]), (width, height), metadata)
     if "pan_seg_file_name" in record:

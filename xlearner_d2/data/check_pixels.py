@@ -1,9 +1,11 @@
-"""Do the pixels of panoptic and depth labels fit their record?"""
+"""Do the pixels of masks, panoptic and depth labels fit their record?"""
 
 from typing import Any
 
 import numpy as np
 from detectron2.data import detection_utils as utils
+from detectron2.structures import BoxMode
+from pycocotools import mask as rle
 
 from ..extensions import rgb2id
 from .depth import read_depth
@@ -11,6 +13,38 @@ from .depth import read_depth
 Record = dict[str, Any]
 Finding = tuple[str, str]  # kind and text of a problem
 _READ_ERRORS = (OSError, SyntaxError, ValueError, EOFError)
+
+
+def check_masks(record: Record, size: tuple[int, int]) -> list[Finding]:
+    """Problems of objects' masks; ``size`` is the image's width and height."""
+    findings = []
+    for number, item in enumerate(record.get("annotations", ()), 1):
+        mask = item.get("segmentation")
+        text = _judge_rle(mask, size) if isinstance(mask, dict) else _judge_polygons(mask, item) if mask else ""
+        if text:
+            findings.append(("wrong masks", f"{record['file_name']}: the mask of object {number} {text}."))
+    return findings
+
+
+def _judge_rle(mask: Record, size: tuple[int, int]) -> str:
+    height, width = mask["size"]
+    if (width, height) != size:
+        return "is {} x {} pixels, but its image is {} x {}".format(width, height, *size)
+    try:
+        rle.decode(mask)
+    except (ValueError, TypeError) as error:
+        return f"is no RLE: {error}"
+    return ""
+
+
+def _judge_polygons(polygons: list[list[float]], item: Record) -> str:
+    """Polygons that are of another size of the image than the box are seldom where it is."""
+    points = np.concatenate([np.reshape(polygon, (-1, 2)) for polygon in polygons])  # (N, 2)
+    box = np.reshape(BoxMode.convert(item["bbox"], item["bbox_mode"], BoxMode.XYXY_ABS), (2, 2))
+    if (points.max(0) < box[0] - 1).any() or (points.min(0) > box[1] + 1).any():
+        got = f"from {points.min(0).round(2).tolist()} to {points.max(0).round(2).tolist()}"
+        return f"lies {got}, but its box from {box[0].tolist()} to {box[1].tolist()}"
+    return ""
 
 
 def check_segments(record: Record, size: tuple[int, int]) -> list[Finding]:
