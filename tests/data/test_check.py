@@ -15,6 +15,7 @@ from PIL import Image
 from pycocotools import mask as rle
 
 from xlearner_d2.data.check import check_records, check_same_classes
+from xlearner_d2.data.files import label_path, tar_member_path
 from xlearner_d2.data.problems import Problems
 
 Records = list[dict[str, Any]]
@@ -83,7 +84,7 @@ BAD: dict[str, tuple[Callable[[Records], object], str]] = {
     "missing label": (lambda records: Path(records[1]["sem_seg_file_name"]).unlink(), "1.png does not exist"),
     "empty image": (cut("file_name", 0), "1.jpg cannot be decoded as an image: it is in no known image format"),
     "truncated image": (cut("file_name", 1500), "1.jpg cannot be decoded as an image: image file is truncated"),
-    "truncated label": (cut("sem_seg_file_name", 900), "1.png cannot be decoded as an image"),
+    "truncated label": (cut("sem_seg_file_name", 900), "1.png cannot be read as a label image: "),
     "not an image": (
         lambda records: Path(records[1]["file_name"]).write_text("<html></html>"),
         "1.jpg cannot be decoded as an image: it is in no known image format",
@@ -106,9 +107,9 @@ BAD: dict[str, tuple[Callable[[Records], object], str]] = {
     "no class": (lambda records: records[1]["annotations"][0].pop("category_id"), "class index None, but 0 to 1"),
     "empty box": (rebox(3, 3, 3, 5), "is 0 x 2 pixels, but a positive width and height are expected"),
     "turned box": (rebox(5, 1, 3, 5), "is -2 x 4 pixels, but a positive width"),
-    "box without height": (rebox(3, 3, 3, 0, mode=BoxMode.XYWH_ABS), "(XYWH_ABS) is 3 x 0 pixels"),
+    "box without height": (rebox(3, 3, 3, 0, mode=BoxMode.XYWH_ABS), "(x, y, width, height) is 3 x 0 pixels"),
     "box that is no number": (rebox(0, 0, float("nan"), 3), "is nan x 3 pixels"),
-    "box too far right": (rebox(1, 1, 14, 5), "(XYXY_ABS) exceeds its image of width 12 and height 8"),
+    "box too far right": (rebox(1, 1, 14, 5), "(left, top, right, bottom) exceeds its image of width 12 and height 8"),
     "box too far up": (rebox(1, -2, 5, 5), "exceeds its image of width 12 and height 8"),
     "size of a label": (relabel(np.zeros((12, 8), np.uint8)), "1.png is 8 x 12 pixels, but its image is 12 x 8"),
     "value of a label": (
@@ -214,6 +215,17 @@ def test_turned_by_exif_like_detectron2(tmp_path: Path) -> None:
     assert check([record]) == []
     mapper = DatasetMapper(is_train=False, augmentations=[], image_format="BGR")
     assert mapper({key: record[key] for key in ("file_name", "height", "width")})["image"].shape == (3, 8, 12)
+
+
+def test_files_in_others_are_named_as_they_are_on_disk(tmp_path: Path) -> None:
+    (record,) = make_records(tmp_path, 1)
+    png, tar = record["sem_seg_file_name"], tmp_path / "shard.tar"
+    Image.new("RGB", (12, 8)).save(png)
+    record["sem_seg_file_name"] = label_path(png, reduce_zero_to=255)
+    wanted = "cannot be read as a label image: it has several channels (mode RGB), but class indices in one channel or"
+    assert check([record])[0].startswith(f"data set 'set': {png} {wanted}")
+    record["file_name"] = tar_member_path(tar, offset=0, size=9, name="7.jpg")
+    assert check([record])[0] == f"data set 'set': 7.jpg in {tar} does not exist."
 
 
 def test_metadata_without_classes(tmp_path: Path) -> None:

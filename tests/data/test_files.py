@@ -55,7 +55,7 @@ def test_black_and_white_labels_are_0_and_1(tmp_path: Path) -> None:
 
 def test_labels_that_are_no_indices(tmp_path: Path) -> None:
     Image.new("RGB", (2, 2)).save(tmp_path / "a.png")
-    with pytest.raises(ValueError, match="mode RGB, but class indices in one channel or with a palette are expected"):
+    with pytest.raises(ValueError, match=r"mode RGB\), but class indices in one channel or with a palette"):
         utils.read_image(label_path(tmp_path / "a.png"), "L")
     Image.fromarray(np.array([[256]], np.uint16)).save(tmp_path / "b.png")
     with pytest.raises(ValueError, match="it has the label 256, but at most 255 is expected"):

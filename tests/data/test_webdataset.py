@@ -138,7 +138,7 @@ def test_a_shard_cut_after_it_was_indexed_is_found(tmp_path: Path) -> None:
     records = read(spec, tmp_path)
     (tmp_path / "birds/one.tar").write_bytes(b"")
     (problem,) = check_records("x_shards", records, MetadataCatalog.get("x_shards"), max_images=-1)
-    assert problem.endswith("#a.jpg does not exist.")
+    assert problem.endswith("a.jpg in " + str(tmp_path / "birds/one.tar") + " does not exist.")
 
 
 def test_compressed_tar(tmp_path: Path) -> None:

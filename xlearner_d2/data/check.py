@@ -17,6 +17,7 @@ from PIL import Image, UnidentifiedImageError
 from tqdm import tqdm  # type: ignore[import-untyped]
 
 from .check_pixels import check_depth, check_masks, check_segments
+from .files import shown
 from .problems import Problems
 
 logger = logging.getLogger(__name__)
@@ -168,9 +169,9 @@ def _check_boxes(records: Sequence[Record], problems: Problems) -> None:
             shares += max(_corners(item)) <= 1
             text = _judge_box(item, record.get("height", math.inf), record.get("width", math.inf))
             if text:
-                shown = [round(float(value), 2) for value in item["bbox"]]
-                mode = BoxMode(item["bbox_mode"]).name
-                problems.add(_BOX_KIND, f"{record['file_name']}: the box {shown} ({mode}) {text}.")
+                box = [round(float(value), 2) for value in item["bbox"]]
+                of = "x, y, width, height" if item["bbox_mode"] == BoxMode.XYWH_ABS else "left, top, right, bottom"
+                problems.add(_BOX_KIND, f"{record['file_name']}: the box {box} ({of}) {text}.")
     if total and shares == total:
         text = f"all {total} boxes are in the first pixel of their image: pixels are expected, not shares of its size."
         problems.add("boxes that are shares", text)
@@ -205,7 +206,7 @@ def _check_files(name: str, records: Sequence[Record], problems: Problems) -> se
     missing = {file for file, exists in zip(files, found, strict=True) if not exists}
     for file in files:
         if file in missing:
-            problems.add("missing files", f"{file} does not exist.")
+            problems.add("missing files", f"{shown(file)} does not exist.")
     return missing
 
 
@@ -238,8 +239,8 @@ def _decode(record: Record, metadata: Metadata) -> list[Finding]:
     try:
         width, height, mode = _decode_image(file)
     except _DECODE_ERRORS as error:
-        return [("damaged images", f"{file} cannot be decoded as an image: {_words(error)}.")]
-    findings = []
+        return [("damaged images", f"{shown(file)} cannot be decoded as an image: {_words(error)}.")]
+    file, findings = shown(file), []
     if mode.startswith(("I", "F")):  # which Pillow turns into RGB by cutting off what is above 255
         text = f"{file} has the mode {mode}, but 8 bits a channel are expected, as all above 255 would become white."
         findings.append(("images of more than 8 bits", text))
@@ -287,7 +288,8 @@ def _check_label(file: str, size: tuple[int, int], metadata: Metadata) -> list[F
         with PathManager.open(file, "rb") as stream, Image.open(stream) as image:
             image.load()
     except _DECODE_ERRORS as error:
-        return [("damaged labels", f"{file} cannot be decoded as an image: {_words(error)}.")]
+        return [("damaged labels", f"{shown(file)} cannot be read as a label image: {_words(error)}.")]
+    file = shown(file)
     if image.mode != "L":
         # Detectron2 would turn colours, also those of a palette, into shades of grey, and clip 16-bit values.
         text = f"{file} has the mode {image.mode}, but class indices in one 8-bit channel (mode L) are expected."

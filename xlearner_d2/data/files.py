@@ -15,7 +15,7 @@ from iopath.common.file_io import PathHandler
 from PIL import Image
 
 _TAR, _LABEL = "tar-member://", "label://"
-_TAR_PATH = re.compile(rf"{_TAR}(?P<tar>.*?)#(?P<offset>\d+)\+(?P<size>\d+)#.*", re.DOTALL)
+_TAR_PATH = re.compile(rf"{_TAR}(?P<tar>.*?)#(?P<offset>\d+)\+(?P<size>\d+)#(?P<name>.*)", re.DOTALL)
 _LABEL_PATH = re.compile(rf"{_LABEL}(?:reduce-zero-to-(?P<ignored>\d+))?@(?P<file>.*)", re.DOTALL)
 #: Modes of Pillow whose pixels are indices; "I;16" and "I" are 16-bit PNGs, "1" is black and white.
 _INDEX_MODES = ("L", "P", "1", "I;16", "I")
@@ -35,6 +35,14 @@ def label_path(file: str | os.PathLike[str], *, reduce_zero_to: int | None = Non
         reduce_zero_to: label 0 becomes this one, which stays as it is, and every other label k becomes k - 1.
     """
     return f"{_LABEL}{'' if reduce_zero_to is None else f'reduce-zero-to-{reduce_zero_to}'}@{file}"
+
+
+def shown(path: str) -> str:
+    """A path as messages have it: that of the file on disk which holds it."""
+    if found := _TAR_PATH.fullmatch(path):
+        return f"{found['name']} in {found['tar']}"
+    found = _LABEL_PATH.fullmatch(path)
+    return found["file"] if found else path
 
 
 class _Member(NamedTuple):
@@ -120,7 +128,7 @@ def _read_indices(file: str) -> np.ndarray:
     with Image.open(file) as image:
         if image.mode not in _INDEX_MODES:
             text = "but class indices in one channel or with a palette are expected"
-            raise ValueError(f"it has the mode {image.mode}, {text}")
+            raise ValueError(f"it has several channels (mode {image.mode}), {text}")
         indices = np.array(image)
     if indices.dtype != bool and indices.max(initial=0) > _MAX_LABEL:
         raise ValueError(f"it has the label {indices.max()}, but at most {_MAX_LABEL} is expected")

@@ -89,7 +89,8 @@ class SourceMapper:
             with _augmentation_seed(seed):
                 return {**self.mapper(record), "source": self.source}
         except Exception as error:
-            message = f"source {self.source!r} could not read {record.get('file_name')}: {error!r}"
+            file = files.shown(str(record.get("file_name")))
+            message = f"source {self.source!r} could not read {file}: {error!r}"
             raise RuntimeError(message) from error
 
 
