@@ -27,7 +27,7 @@ ALLOWED: dict[str, set[str]] = {
     "data.files": set(),
     "data.builtin": {"specs", "data.problems", "data.files", "data.builtin"},
     "data.check": {"data.problems", "data.files", "data.check_pixels"},
-    "data.check_pixels": {"extensions", "data.depth"},
+    "data.check_pixels": {"extensions", "data.depth", "data.files", "data.problems"},
     "data.sources": {"specs", "data.builtin", "data.check", "data.proposals", "data.subset"},
     "data.subset": set(),
     "data.mappers": {

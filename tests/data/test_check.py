@@ -207,6 +207,15 @@ def test_label_images_without_a_label_are_told_about(tmp_path: Path, caplog: pyt
     assert f"data set 'set': {wanted} the label 255 alone, which is ignored." in caplog.text
 
 
+def test_classes_without_a_pixel_are_told_about(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    records = make_records(tmp_path)
+    for record in records:
+        Image.fromarray(np.array([[0, 255] * 6] * 8, np.uint8)).save(record["sem_seg_file_name"])
+    assert check(records) == []
+    wanted = "1 of 2 classes have no pixel in the label images that were decoded: sky. Masks of 0 and 255 need 1"
+    assert f"data set 'set': {wanted} instead of 255, which is ignored." in caplog.text
+
+
 def test_turned_by_exif_like_detectron2(tmp_path: Path) -> None:
     (record,) = make_records(tmp_path, 1)
     exif = Image.Exif()

@@ -3,7 +3,6 @@
 import logging
 import math
 import os
-import struct
 from collections import Counter
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -13,10 +12,19 @@ import numpy as np
 from detectron2.data import Metadata, MetadataCatalog
 from detectron2.structures import BoxMode
 from detectron2.utils.file_io import PathManager
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 from tqdm import tqdm  # type: ignore[import-untyped]
 
-from .check_pixels import check_depth, check_masks, check_segments
+from .check_pixels import (
+    DECODE_ERRORS,
+    check_depth,
+    check_label,
+    check_masks,
+    check_segments,
+    tell_unlabelled,
+    tell_unseen,
+    words,
+)
 from .files import shown
 from .problems import Problems
 
@@ -35,20 +43,7 @@ TOLERATED_BOXES = 1e-4
 BOX_MARGIN = 1.0
 
 _BOX_KIND = "boxes that are empty or outside their image"
-_UNLABELLED_KIND = "label images without a label"
 _FILE_KEYS = ("file_name", "sem_seg_file_name", "pan_seg_file_name", "depth_file_name")
-# What Pillow's decoders raise for damaged files, depending on the format.
-_DECODE_ERRORS = (
-    OSError,
-    SyntaxError,
-    ValueError,
-    EOFError,
-    IndexError,
-    KeyError,
-    TypeError,
-    struct.error,
-    Image.DecompressionBombError,
-)
 _PORTION = 32
 _EXIF_ORIENTATION = 0x0112
 _EXIF_TRANSPOSED = (5, 6, 7, 8)
@@ -82,7 +77,8 @@ def check_records(name: str, records: Sequence[Record], metadata: Metadata, *, m
     for findings in _run(lambda record: _decode(record, metadata), present, f"Decoding images of {name}"):
         for kind, text in findings:
             problems.add(kind, text)
-    _tell_unlabelled(problems, len(present))
+    tell_unlabelled(problems, len(present))
+    tell_unseen(problems, metadata)
     return problems.lines()
 
 
@@ -238,8 +234,8 @@ def _decode(record: Record, metadata: Metadata) -> list[Finding]:
     file = str(record["file_name"])
     try:
         width, height, mode = _decode_image(file)
-    except _DECODE_ERRORS as error:
-        return [("damaged images", f"{shown(file)} cannot be decoded as an image: {_words(error)}.")]
+    except DECODE_ERRORS as error:
+        return [("damaged images", f"{shown(file)} cannot be decoded as an image: {words(error)}.")]
     file, findings = shown(file), []
     if mode.startswith(("I", "F")):  # which Pillow turns into RGB by cutting off what is above 255
         text = f"{file} has the mode {mode}, but 8 bits a channel are expected, as all above 255 would become white."
@@ -250,25 +246,12 @@ def _decode(record: Record, metadata: Metadata) -> list[Finding]:
         findings.append(("wrong image sizes", text))
     findings += check_masks(record, (width, height))
     if "sem_seg_file_name" in record:
-        findings += _check_label(str(record["sem_seg_file_name"]), (width, height), metadata)
+        findings += check_label(str(record["sem_seg_file_name"]), (width, height), metadata)
     if "pan_seg_file_name" in record:
         findings += check_segments(record, (width, height))
     if "depth_file_name" in record:
         findings += check_depth(record, (width, height))
     return findings
-
-
-def _tell_unlabelled(problems: Problems, decoded: int) -> None:
-    """Label images in which every pixel is ignored are no error, as crops of others are such, but of no use."""
-    if found := problems.pop(_UNLABELLED_KIND):
-        text = "%s: nothing is learned from %d of the %d label images that were decoded: %s"
-        logger.warning(text, problems.subject, len(found), decoded, found[0])
-
-
-def _words(error: BaseException) -> str:
-    if isinstance(error, UnidentifiedImageError):  # its own words name an object in memory
-        return "it is in no known image format"
-    return str(error).rstrip(".") or type(error).__name__
 
 
 def _decode_image(file: str) -> tuple[int, int, str]:
@@ -280,34 +263,3 @@ def _decode_image(file: str) -> tuple[int, int, str]:
         image.draft(image.mode, (1, 1))
         image.load()
     return (height, width, mode) if transposed else (width, height, mode)
-
-
-def _check_label(file: str, size: tuple[int, int], metadata: Metadata) -> list[Finding]:
-    """Problems of a label PNG; ``size`` is the image's width and height."""
-    try:
-        with PathManager.open(file, "rb") as stream, Image.open(stream) as image:
-            image.load()
-    except _DECODE_ERRORS as error:
-        return [("damaged labels", f"{shown(file)} cannot be read as a label image: {_words(error)}.")]
-    file = shown(file)
-    if image.mode != "L":
-        # Detectron2 would turn colours, also those of a palette, into shades of grey, and clip 16-bit values.
-        text = f"{file} has the mode {image.mode}, but class indices in one 8-bit channel (mode L) are expected."
-        return [("labels of a wrong mode", text)]
-    findings = []
-    if image.size != size:
-        text = "{} is {} x {} pixels, but its image is {} x {}.".format(file, *image.size, *size)
-        findings.append(("labels of a wrong size", text))
-    num_classes, ignored = len(metadata.get("stuff_classes", ())), metadata.get("ignore_label", 255)
-    counts = image.histogram()
-    if {value for value, count in enumerate(counts) if count} == {ignored}:
-        findings.append((_UNLABELLED_KIND, f"{file} has the label {ignored} alone, which is ignored."))
-    wrong = [value for value in range(num_classes, len(counts)) if counts[value] and value != ignored]
-    if wrong:
-        got = ", ".join(f"{value} ({counts[value]} pixels)" for value in wrong[:5])
-        expected = f"0 to {num_classes - 1}, or {ignored} to ignore, is expected"
-        text = f"{file} has the label {got}, but {expected if num_classes else 'the metadata has no stuff_classes'}."
-        if wrong == [num_classes]:
-            text += " If classes are counted from 1 and label 0 is none of them, set REDUCE_ZERO_LABEL: True."
-        findings.append(("labels of unknown classes", text))
-    return findings
