@@ -139,6 +139,10 @@ BAD = {
     ),
     "voc: broken XML": (edit_voc("<object>"), r"b\.xml is not valid XML: mismatched tag: line 3"),
     "voc: unknown class": (edit_voc(OBJECT.format("dgo", 1, 1, 2, 2)), r"b\.xml: object 1 is 'dgo'.*mean 'dog'"),
+    "voc: similar classes": (
+        after(write_voc, VOC_SPEC, lambda root: write_xml(root, "b", OBJECT.format("Dog", 1, 1, 2, 2))),
+        "the labels 'Dog' and 'dog' differ in capitals, spaces or leading zeros alone",
+    ),
     "voc: nameless object": (edit_voc("<object></object>"), "object 1 is None, which is not among the 2 classes"),
     "voc: text in a box": (edit_voc(OBJECT.format("dog", 1, "x", 2, 2)), "'ymin': 'x'.*four numbers"),
     "voc: size of zero": (edit_voc(size="<width>0</width><height>8</height>"), "size/width is '0', but a positive"),

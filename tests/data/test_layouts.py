@@ -134,7 +134,7 @@ def test_colours_instead_of_indices(tmp_path: Path) -> None:
     save_image(tmp_path / "sem/labels/a.png")
     records = read(changed(SEM_SPEC, classes=("road", "sky")), tmp_path)
     (problem,) = check_records("x_sem", records, MetadataCatalog.get("x_sem"), max_images=-1)
-    assert "the mode RGB, but class indices in one channel or with a palette are expected" in problem
+    assert "(mode RGB), but class indices in one channel or with a palette are expected" in problem
 
 
 @pytest.mark.parametrize(

@@ -2,7 +2,7 @@
 
 import os
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -125,6 +125,23 @@ def _check_names(spec: DatasetSpec, where: str, names: list[str]) -> None:
     for name, count in Counter(filter(None, names)).items():
         if count > 1:
             problems.add("repeated names", f"{where} has {name!r} {count} times, but each class once is expected.")
+    raise_if_any(problems)
+
+
+def check_similar(spec: DatasetSpec, names: Iterable[str]) -> None:
+    """See that no two of the class names that were found in annotations are probably meant to be one.
+
+    Raises:
+        ConfigError: naming those that differ in capitals, spaces or leading zeros alone.
+    """
+    problems = Problems(subject(spec))
+    seen: dict[str, str] = {}
+    for name in sorted(names):
+        plain = "".join(name.split()).casefold()
+        other = seen.setdefault(plain.lstrip("0") if plain.isdecimal() else plain, name)
+        if other != name:
+            text = f"the labels {other!r} and {name!r} differ in capitals, spaces or leading zeros alone."
+            problems.add("similar labels", f"{text} Correct them; or, if both are meant, list all classes in CLASSES.")
     raise_if_any(problems)
 
 

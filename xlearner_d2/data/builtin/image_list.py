@@ -42,6 +42,8 @@ def register(spec: DatasetSpec, root: Path) -> None:
     folder = find_folder(spec, "IMAGES", root / spec.images) if spec.images else file.parent
     rows = _read_rows(spec, file)
     classes = find_classes(spec, root, (label for row in rows for label in row.labels))
+    if not spec.classes:
+        _check_separators(spec, file, classes)
     add_to_catalogs(
         spec.name,
         functools.partial(_records, folder, rows, _indices(spec, file, rows, classes), multi_label=spec.multi_label),
@@ -76,6 +78,19 @@ def _indices(spec: DatasetSpec, file: Path, rows: Sequence[Row], classes: Sequen
         found.append(tuple(index for index in indices if index is not None))
     raise_if_any(problems)
     return found
+
+
+def _check_separators(spec: DatasetSpec, file: Path, classes: Sequence[str]) -> None:
+    """See that no class, of those that the list itself has, is several labels in a row."""
+    problems = Problems(subject(spec))
+    for label in classes:
+        if spec.multi_label and ("," in label or "|" in label):
+            text = f"{file} has the label {label!r}, but several labels are separated by semicolons, or by spaces."
+            problems.add("joined labels", f"{text} If it is the name of a class, list all classes in CLASSES.")
+        elif not spec.multi_label and ";" in label:
+            text = f"{file} has the label {label!r}.{_several(spec, label)}"
+            problems.add("joined labels", f"{text} If it is the name of a class, list all classes in CLASSES.")
+    raise_if_any(problems)
 
 
 def _several(spec: DatasetSpec, label: str) -> str:

@@ -4,18 +4,21 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 from ...specs import DatasetSpec, nearest
-from .common import read_classes
+from .common import check_similar, read_classes
 
 
 def find_classes(spec: DatasetSpec, root: Path, labels: Iterable[str]) -> list[str]:
     """``CLASSES``, or else all different labels: by their value if all are whole numbers, else by alphabet.
 
     Raises:
-        ConfigError: see :func:`read_classes`.
+        ConfigError: see :func:`read_classes` and :func:`check_similar`.
     """
+    if given := read_classes(spec, root):
+        return given
     found = set(labels)
+    check_similar(spec, found)
     numbers = all(label.isdecimal() for label in found)
-    return read_classes(spec, root) or sorted(found, key=lambda label: (int(label) if numbers else 0, label))
+    return sorted(found, key=lambda label: (int(label) if numbers else 0, label))
 
 
 def class_index(label: str, classes: Mapping[str, int]) -> int | None:

@@ -19,6 +19,7 @@ from ..problems import Problems
 from .common import (
     Records,
     add_to_catalogs,
+    check_similar,
     fail,
     find_folder,
     list_images,
@@ -172,6 +173,7 @@ def _collect_classes(spec: DatasetSpec, layout: Layout) -> list[str]:
     if not names:
         text = f"{layout.annotations} has no XML file with a named object, so there are no classes; give CLASSES."
         raise fail(spec, text)
+    check_similar(spec, names)
     return sorted(names)
 
 
