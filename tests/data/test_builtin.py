@@ -14,6 +14,7 @@ from builtin_data import (
     changed,
     coco_json,
     read,
+    save_image,
     write_coco,
     write_folder,
     write_sem,
@@ -112,8 +113,10 @@ def test_sem_seg_pairs_by_name_and_reports_unlabelled_images(tmp_path: Path, cap
 
 def test_image_folder_equals_torchvision(tmp_path: Path) -> None:
     write_folder(tmp_path)
-    records = read(FOLDER_SPEC, tmp_path)
     oracle = ImageFolder(tmp_path / "folder/train")
+    save_image(tmp_path / "folder/train/.ipynb_checkpoints/1.jpg")
+    (tmp_path / "folder/train/cat/._1.jpg").write_bytes(b"what macOS leaves beside a copy")
+    records = read(FOLDER_SPEC, tmp_path)
     assert [(record["file_name"], record["category_id"]) for record in records] == oracle.samples
     assert [record["image_id"] for record in records] == ["cat/1.jpg", "cat/deep/2.PNG", "dog/1.jpg"]
     metadata = MetadataCatalog.get("x_folder")

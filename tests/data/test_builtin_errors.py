@@ -179,6 +179,10 @@ BAD = {
         r"a\.png and a\.jpg differ in their suffix alone",
     ),
     "folder: missing": (after(write_folder, FOLDER_SPEC, nothing, images="folder/val"), "folder/val is nothing"),
+    "folder: of splits": (
+        after(write_folder, FOLDER_SPEC, nothing, images="folder"),
+        "folder holds train, but one folder per class is expected, not per split",
+    ),
     "folder: no classes": (
         after(write_folder, FOLDER_SPEC, nothing, images="folder/train/dog"),
         "dog holds no folder, but one folder per class",

@@ -2,17 +2,20 @@
 
 import functools
 import logging
+import os
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
-from torchvision.datasets.folder import IMG_EXTENSIONS, find_classes, make_dataset
+from torchvision.datasets.folder import IMG_EXTENSIONS, make_dataset
 
 from ...specs import DatasetSpec, nearest
 from ..problems import Problems
 from .common import Records, add_to_catalogs, fail, find_folder, raise_if_any, read_classes, subject
 
 logger = logging.getLogger(__name__)
+
+_SPLITS = {"train", "training", "val", "valid", "validation", "test"}
 
 
 def register(spec: DatasetSpec, root: Path) -> None:
@@ -24,11 +27,13 @@ def register(spec: DatasetSpec, root: Path) -> None:
         ConfigError: for a missing folder, one that holds no folders, or one that is not in ``CLASSES``.
     """
     folder = find_folder(spec, "IMAGES", root / spec.images)
-    try:
-        found, _ = find_classes(folder)
-    except FileNotFoundError as error:
-        raise fail(spec, f"IMAGES: {folder} holds no folder, but one folder per class is expected.") from error
+    found = sorted(path.name for path in folder.iterdir() if path.is_dir() and path.name[0] != ".")
+    if not found:
+        raise fail(spec, f"IMAGES: {folder} holds no folder, but one folder per class is expected.")
     given = read_classes(spec, root)
+    if not given and found and set(found) <= _SPLITS:
+        text = f"IMAGES: {folder} holds {', '.join(found)}, but one folder per class is expected, not per split."
+        raise fail(spec, f"{text} Name one of them; or, if they are classes, list them in CLASSES.")
     problems = Problems(subject(spec))
     classes = given or found
     for name in found:
@@ -52,7 +57,7 @@ def _read(spec: DatasetSpec, folder: Path, classes: Sequence[str]) -> Records:
         ConfigError: without any image, or for a class without one unless ``CLASSES`` declares that it exists.
     """
     indices = {name: index for index, name in enumerate(classes)}
-    samples = make_dataset(folder, indices, extensions=IMG_EXTENSIONS, allow_empty=True)
+    samples = make_dataset(str(folder), indices, is_valid_file=_is_image, allow_empty=True)
     if not samples:
         raise fail(spec, f"{folder} holds no image; known suffixes: {', '.join(IMG_EXTENSIONS)}.")
     counts = Counter(index for _, index in samples)
@@ -70,3 +75,9 @@ def _read(spec: DatasetSpec, folder: Path, classes: Sequence[str]) -> Records:
         {"file_name": path, "image_id": Path(path).relative_to(folder).as_posix(), "category_id": index}
         for path, index in samples
     ]
+
+
+def _is_image(path: str) -> bool:
+    """Not those that macOS leaves beside a copy, ._1.jpg."""
+    name = os.path.basename(path)
+    return name.lower().endswith(IMG_EXTENSIONS) and not name.startswith(".")
