@@ -14,6 +14,7 @@ from ..specs import SourceSpec, TaskSpec
 from .growth import grow
 from .plan import EXPANDED_FILE, STUDENT_FILE, Drawn, Plan, squeeze_config
 from .trial import expected_memory
+from .watch import resident_gb
 
 RESULTS = {"expand": EXPANDED_FILE, "squeeze": STUDENT_FILE}
 
@@ -26,6 +27,8 @@ def explain(plan: Plan) -> str:
     Raises:
         ConfigError: when a head does not fit its branch or its images.
     """
+    on_gpu = plan.cfg.MODEL.DEVICE.startswith("cuda")
+    taken = 0.0 if on_gpu else resident_gb()
     model = build_model(plan.cfg)
     growth = []
     if plan.growth is not None and "expand" in plan.stages:
@@ -41,15 +44,15 @@ def explain(plan: Plan) -> str:
         _branches_table(plan, model),
         "",
         f"Parameters in training: {_trained(model)} in all, {_trained(model.backbone.reconciliation)} of them in "
-        f"reconciliation layers. Expected memory of a training step: about {_memory(plan, model)} a worker, besides "
-        "what its libraries take.",
+        f"reconciliation layers. Expected memory of a training step: about {_memory(plan, model, taken)} a worker, "
+        + ("besides what CUDA takes." if on_gpu else f"{taken:.1f} GB of it taken already; libraries may add to it."),
         f"Results: {', '.join(f'{plan.cfg.OUTPUT_DIR}/{RESULTS[stage]}' for stage in plan.stages)}.",
     ]
     return "\n".join(lines)
 
 
-def _memory(plan: Plan, model: XLearner) -> str:
-    return ", ".join(f"{size:.1f} GB to {stage}" for stage, size in expected_memory(plan, model).items())
+def _memory(plan: Plan, model: XLearner, taken: float) -> str:
+    return ", ".join(f"{taken + size:.1f} GB to {stage}" for stage, size in expected_memory(plan, model).items())
 
 
 def _steps(plan: Plan, stage: str) -> int:

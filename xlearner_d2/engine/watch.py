@@ -123,9 +123,12 @@ def _smoothed(storage: EventStorage, name: str) -> float | None:
 
 
 def memory_gb() -> float:
-    """The most memory that tensors took on the GPU; without one, what this process takes now (its share on macOS)."""
-    if torch.cuda.is_available():
-        return torch.cuda.max_memory_allocated() / 1e9
+    """The most memory that tensors took on the GPU; without one, what this process takes now."""
+    return torch.cuda.max_memory_allocated() / 1e9 if torch.cuda.is_available() else resident_gb()
+
+
+def resident_gb() -> float:
+    """What this process takes of the machine's memory now (its most on macOS)."""
     if sys.platform == "linux":
         pages = int(Path("/proc/self/statm").read_text().split()[1])
         return pages * os.sysconf("SC_PAGE_SIZE") / 1e9
