@@ -226,6 +226,19 @@ def test_turned_by_exif_like_detectron2(tmp_path: Path) -> None:
     assert mapper({key: record[key] for key in ("file_name", "height", "width")})["image"].shape == (3, 8, 12)
 
 
+@pytest.mark.parametrize(("orientation", "told"), [(1, False), (3, True), (6, False)])
+def test_turned_in_a_way_that_sizes_do_not_show(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, orientation: int, told: bool
+) -> None:
+    (record,) = make_records(tmp_path, 1)
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    Image.new("RGB", (8, 12) if orientation == 6 else (12, 8)).save(record["file_name"], exif=exif)
+    assert check([record]) == []
+    text = f"mirrors 1 of the 1 images that were decoded, such as {record['file_name']}. They are read"
+    assert (text in caplog.text) == told
+
+
 def test_files_in_others_are_named_as_they_are_on_disk(tmp_path: Path) -> None:
     (record,) = make_records(tmp_path, 1)
     png, tar = record["sem_seg_file_name"], tmp_path / "shard.tar"

@@ -46,7 +46,8 @@ _BOX_KIND = "boxes that are empty or outside their image"
 _FILE_KEYS = ("file_name", "sem_seg_file_name", "pan_seg_file_name", "depth_file_name")
 _PORTION = 32
 _EXIF_ORIENTATION = 0x0112
-_EXIF_TRANSPOSED = (5, 6, 7, 8)
+_EXIF_TRANSPOSED, _EXIF_MIRRORED = (5, 6, 7, 8), (2, 3, 4)
+_TURNED_KIND = "images that are turned"
 
 
 def check_records(name: str, records: Sequence[Record], metadata: Metadata, *, max_images: int) -> list[str]:
@@ -77,6 +78,7 @@ def check_records(name: str, records: Sequence[Record], metadata: Metadata, *, m
     for findings in _run(lambda record: _decode(record, metadata), present, f"Decoding images of {name}"):
         for kind, text in findings:
             problems.add(kind, text)
+    _tell_turned(problems, len(present))
     tell_unlabelled(problems, len(present))
     tell_unseen(problems, metadata)
     return problems.lines()
@@ -233,7 +235,7 @@ def _decode(record: Record, metadata: Metadata) -> list[Finding]:
     """Decode a record's image and label PNG."""
     file = str(record["file_name"])
     try:
-        width, height, mode = _decode_image(file)
+        (width, height), mode, orientation = _decode_image(file)
     except DECODE_ERRORS as error:
         return [("damaged images", f"{shown(file)} cannot be decoded as an image: {words(error)}.")]
     file, findings = shown(file), []
@@ -244,6 +246,9 @@ def _decode(record: Record, metadata: Metadata) -> list[Finding]:
     if expected != (width, height):
         text = f"{file} is {width} x {height} pixels, but its annotation says {expected[0]} x {expected[1]}."
         findings.append(("wrong image sizes", text))
+    placed = record.get("annotations") or any(key in record for key in _FILE_KEYS[1:])
+    if placed and orientation in (_EXIF_MIRRORED if width != height else _EXIF_MIRRORED + _EXIF_TRANSPOSED):
+        findings.append((_TURNED_KIND, file))  # which its size does not tell
     findings += check_masks(record, (width, height))
     if "sem_seg_file_name" in record:
         findings += check_label(str(record["sem_seg_file_name"]), (width, height), metadata)
@@ -254,12 +259,20 @@ def _decode(record: Record, metadata: Metadata) -> list[Finding]:
     return findings
 
 
-def _decode_image(file: str) -> tuple[int, int, str]:
-    """Width and height as Detectron2 reads the image, which turns it as its EXIF tag says, and Pillow's mode."""
+def _tell_turned(problems: Problems, decoded: int) -> None:
+    """Nothing shows whether boxes and labels are those of the picture as it is stored or as it is seen."""
+    if found := problems.pop(_TURNED_KIND):
+        what = "%s: an EXIF tag turns or mirrors %d of the %d images that were decoded, such as %s"
+        text = f"{what}. They are read as one sees them: boxes and labels have to be so, too."
+        logger.warning(text, problems.subject, len(found), decoded, found[0])
+
+
+def _decode_image(file: str) -> tuple[tuple[int, int], str, int]:
+    """Width and height as Detectron2 reads the image, which turns it as its EXIF tag says; Pillow's mode; that tag."""
     with PathManager.open(file, "rb") as stream, Image.open(stream) as image:
         (width, height), mode = image.size, image.mode
-        transposed = image.getexif().get(_EXIF_ORIENTATION) in _EXIF_TRANSPOSED
+        orientation = image.getexif().get(_EXIF_ORIENTATION, 1)
         # JPEG decodes at an eighth of the size several times faster, and still notices what is missing.
         image.draft(image.mode, (1, 1))
         image.load()
-    return (height, width, mode) if transposed else (width, height, mode)
+    return (height, width) if orientation in _EXIF_TRANSPOSED else (width, height), mode, orientation
