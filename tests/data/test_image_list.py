@@ -37,6 +37,7 @@ FORMS = {
     "other columns, in capitals": "ID,Path,Class\n1,a.jpg,heron\n2,b.jpg,stork\n",
     "semicolons": "path;label\na.jpg;heron\nb.jpg;stork\n",
     "tabs": "a.jpg\theron\nb.jpg\tstork\n",
+    "label and path": "heron,a.jpg\nstork,b.jpg\n",
     "text": "a.jpg heron\nb.jpg stork\n",
     "text with a header": "path label\na.jpg heron\nb.jpg stork\n",
     "Windows": "\ufeffa.jpg,heron\r\nb.jpg,stork\r\n\r\n",

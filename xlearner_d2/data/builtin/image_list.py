@@ -111,7 +111,7 @@ def _read_rows(spec: DatasetSpec, file: Path) -> list[Row]:
         header = []
     if not cells:
         raise fail(spec, f"LIST: {file} has no image, but one a line is expected, followed by its label.")
-    path_column, label_column = _find_columns(spec, file, header, len(cells[0][1]))
+    path_column, label_column = _find_columns(spec, file, header, cells[0][1])
     separator = None
     if spec.multi_label:  # one for the whole file, as a lone label may be a name with a space
         separator = ";" if any(";" in row[label_column] for _, row in cells if len(row) > label_column) else " "
@@ -162,8 +162,9 @@ def _is_image(cell: str) -> bool:
     return PurePath(cell).suffix.lower() in IMG_EXTENSIONS
 
 
-def _find_columns(spec: DatasetSpec, file: Path, header: Sequence[str], width: int) -> tuple[int, int]:
-    """Numbers of the columns of the path and of the label, from 0."""
+def _find_columns(spec: DatasetSpec, file: Path, header: Sequence[str], first: Sequence[str]) -> tuple[int, int]:
+    """Numbers of the columns of the path and of the label, from 0; ``first`` is the first row below the header."""
+    width = len(first)
     if spec.columns:
         if len(spec.columns) != 2:
             text = f"COLUMNS is {list(spec.columns)}, but two are expected: that of the path and that of the label."
@@ -175,7 +176,7 @@ def _find_columns(spec: DatasetSpec, file: Path, header: Sequence[str], width: i
     if min(known) >= 0:
         return known[0], known[1]
     if width == 2:
-        return 0, 1
+        return (1, 0) if _is_image(first[1]) and not _is_image(first[0]) else (0, 1)
     what = f"the columns {', '.join(header)}" if header else f"{width} columns and no header"
     text = f"{file} has {what}; give those of the path and of the label as COLUMNS, by name or by number from 0."
     raise fail(spec, text)
