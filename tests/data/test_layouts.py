@@ -178,13 +178,17 @@ def write_flat(root: Path, names: tuple[str, ...] = ("a", "b")) -> None:
         (root / "voc" / folder).rmdir()
 
 
-def test_voc_with_images_beside_their_annotations(tmp_path: Path) -> None:
+def test_voc_with_images_beside_their_annotations(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     write_voc(tmp_path)
     expected = [
         {**record, "file_name": record["file_name"].replace("JPEGImages/", "")} for record in read(VOC_SPEC, tmp_path)
     ]
     write_flat(tmp_path)
     assert read(changed(VOC_SPEC, split=""), tmp_path) == expected
+    assert not caplog.text
+    save_image(tmp_path / "voc/c.jpg")
+    assert read(changed(VOC_SPEC, split=""), tmp_path) == expected
+    assert f"1 of 3 images in {tmp_path}/voc have no XML file beside them and are left out: c" in caplog.text
 
 
 def test_voc_with_a_folder_for_each_split(tmp_path: Path) -> None:

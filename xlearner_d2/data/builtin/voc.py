@@ -5,6 +5,7 @@ image and for PNG images, and reports malformed files and unknown classes withou
 """
 
 import functools
+import logging
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -28,6 +29,8 @@ from .common import (
     read_text,
     subject,
 )
+
+logger = logging.getLogger(__name__)
 
 _CORNERS = ("xmin", "ymin", "xmax", "ymax")
 _EVALUATORS = {"voc": "pascal_voc", "coco": "coco"}
@@ -191,6 +194,8 @@ def _read(spec: DatasetSpec, layout: Layout, classes: Sequence[str]) -> Records:
         images = list_images(layout.images)
     except ValueError as error:
         raise fail(spec, str(error)) from error
+    if layout.images == layout.annotations:
+        _warn_unlabelled(spec, sorted(images.keys() - set(layout.names)), len(images), layout.images)
     indices = {name: index for index, name in enumerate(classes)}
     as_coco = spec.evaluation == "coco"
     records = []
@@ -207,6 +212,13 @@ def _read(spec: DatasetSpec, layout: Layout, classes: Sequence[str]) -> Records:
         records.append({"file_name": str(image), "image_id": image_id, **size, "annotations": objects})
     raise_if_any(problems)
     return records
+
+
+def _warn_unlabelled(spec: DatasetSpec, names: Sequence[str], num_images: int, folder: Path) -> None:
+    if names:
+        few = ", ".join(names[:5]) + (", …" if len(names) > 5 else "")
+        text = "%s: %d of %d images in %s have no XML file beside them and are left out: %s"
+        logger.warning(text, subject(spec), len(names), num_images, folder, few)
 
 
 def _size(file: Path, tree: ElementTree.Element, problems: Problems) -> dict[str, int]:
