@@ -168,7 +168,7 @@ BAD = {
     "sem_seg: ignored value": (after(write_sem, SEM_SPEC, nothing, ignore_value=-1), "IGNORE_VALUE is -1, but"),
     "sem_seg: label without image": (
         after(write_sem, SEM_SPEC, lambda root: (root / "sem/images/b.jpg").rename(root / "sem/images/d.jpg")),
-        r"b\.png has no image, but one named b is expected in .*images",
+        r"b\.png has no image, but one named b is expected .*\. If the names differ in their ends, set IMAGE_SU",
     ),
     "sem_seg: no labels": (
         after(write_sem, SEM_SPEC, lambda root: (root / "none").mkdir(), labels="none"),

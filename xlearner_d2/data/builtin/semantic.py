@@ -189,7 +189,8 @@ def _check_labels(spec: DatasetSpec, folder: Path, images: Mapping[str, str], la
     problems = Problems(subject(spec))
     for name in sorted(labels.keys() - images.keys()):
         text = f"{labels[name]} has no image, but one named {name} is expected in {folder}."
-        problems.add("labels without an image", text)
+        cure = "If the names differ in their ends, set IMAGE_SUFFIX or LABEL_SUFFIX."
+        problems.add("labels without an image", f"{text} {cure}")
     raise_if_any(problems)
 
 
