@@ -323,8 +323,7 @@ class TestMissing:
 
     def test_the_subject_alone(self) -> None:
         study = analyse(full_study(0, backbones=("squeezed",)))
-        assert study.comparisons == ()
-        assert all(item.found is None and item.baseline == "" for item in study.verdicts)
+        assert study.comparisons == study.verdicts == ()
         assert all(item.random is None and item.spread is None and item.flat is None for item in study.checks)
 
     def test_one_seed_has_no_interval(self) -> None:

@@ -51,6 +51,8 @@ def _quiet(text: str) -> Element:
 
 
 def _verdict(study: Study) -> Element:
+    if not study.verdicts:
+        return _section("Verdict", element("p", tables.NO_GOALS, class_="lead"), _warnings(study))
     reached = sum(item.reached is True for item in study.verdicts)
     unknown = sum(item.reached is None for item in study.verdicts)
     lead = f"{study.subject} reaches {reached} of {plural(len(study.verdicts), 'goal')}"

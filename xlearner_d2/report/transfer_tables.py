@@ -8,6 +8,8 @@ from ..results.records import CellRecord
 from ..results.study import LEVEL, OVERALL, Check, Estimate, Study, backbone_order, role_of
 from .wording import NOTHING, estimate, goal_name, number, outcome, plural, probability, sentence, values
 
+NO_GOALS = "There are no goals, as no backbone has a role that they are about."
+
 
 @dataclass(frozen=True, kw_only=True)
 class Table:
@@ -271,7 +273,8 @@ def all_markdown(study: Study, records: Sequence[CellRecord]) -> str:
     """Every table but those of single sets' protocols and curves."""
 
     def sections() -> Iterator[tuple[str, Sequence[Table]]]:
-        yield "Verdict", [goals(study)]
+        if study.verdicts:
+            yield "Verdict", [goals(study)]
         yield "Families", [headline(study)]
         yield "Comparisons", [comparisons(study)]
         yield "Sets", [primary_sets(study)]

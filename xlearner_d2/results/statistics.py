@@ -61,7 +61,7 @@ def analyse(
         records: at most one for each cell; cells may be missing.
         subject: a backbone, or a role that has one backbone only.
         primary: set -> protocol, for sets whose primary protocol is not to be the one with most cells.
-        goals: of the verdicts, which come in this order.
+        goals: of the verdicts, which come in this order; none if no backbone has a role that a goal is about.
 
     Raises:
         ConfigError: for no record, records that contradict one another, and names that are not there.
@@ -93,6 +93,7 @@ def _analyse(
     values = _primary_values(records, primary)
     representatives = _representatives(values, scopes, backbones, subject)
     comparisons = tuple(_comparisons(values, scopes, representatives, subject))
+    goals = goals if any(goal.role in representatives for goal in goals) else ()
     set_means = tuple(_set_means(records, families))
     seeds = tuple(sorted({record.seed for record in records}))
     return Study(
