@@ -1,15 +1,15 @@
 """The tables of whole studies are typed by hand; they hold what the project's statistics make of the records kept."""
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import pytest
 
 from xlearner_d2.report.transfer import read_studies
-from xlearner_d2.report.wording import estimate
+from xlearner_d2.report.wording import estimate, number
 from xlearner_d2.results.statistics import analyse
-from xlearner_d2.results.study import FAMILIES, OVERALL, Estimate, FamilyMean
+from xlearner_d2.results.study import FAMILIES, OVERALL, Estimate, Study
 
 ROOT = Path(__file__).parents[1]
 COLUMNS = (*FAMILIES, OVERALL)
@@ -95,11 +95,39 @@ TABLES: dict[tuple[str, str], tuple[str, str, Mapping[str, str]]] = {
 }
 
 
-def rows_of(page: str, heading: str) -> list[dict[str, str]]:
-    """The first table with a column for each family below a heading, by column, without bold type; "" is the first."""
+#: Heading -> how the label of a row of differences begins -> role, family and choice of what stands there.
+DIFFERENCES: dict[str, Mapping[str, Sequence[tuple[str, str, str]]]] = {
+    "The study of few labels: three seeds": {
+        "classification, against the single file": [("single", "classification", "family")],
+        "detection, against icons": [("single", "detection", OVERALL)],
+        "detection, against the specialist": [("single", "detection", "family")],
+        "segmentation, against icons": [("single", "segmentation", OVERALL)],
+        "segmentation, against the specialist": [("single", "segmentation", "family")],
+        "against hard sharing": [("shared", family, "family") for family in FAMILIES],
+    },
+    "Few photographs: three seeds, the main baselines": {
+        "classification, against Caltech": [("single", "classification", "family")],
+        "detection, against Caltech": [("single", "detection", "family")],
+        "segmentation, against Caltech": [("single", "segmentation", "family")],
+        "over all, against Caltech": [("single", OVERALL, "family")],
+        "no loss to hard sharing in classification": [("shared", "classification", "family")],
+        "… in detection": [("shared", "detection", "family")],
+        "… in segmentation": [("shared", "segmentation", "family")],
+        "over all, against hard sharing": [("shared", OVERALL, "family")],
+    },
+}
+
+
+def cells_of(page: str, heading: str) -> list[list[str]]:
+    """The cells of all tables below a heading, row by row, without bold type."""
     _, _, section = (ROOT / page).read_text(encoding="utf-8").partition(f"\n## {heading}\n")
     lines = [line for line in section.partition("\n## ")[0].splitlines() if line.startswith("|")]
-    cells = [[cell.strip().replace("**", "") for cell in line.strip("|").split("|")] for line in lines]
+    return [[cell.strip().replace("**", "") for cell in line.strip("|").split("|")] for line in lines]
+
+
+def rows_of(page: str, heading: str) -> list[dict[str, str]]:
+    """The first table with a column for each family below a heading, by column; "" is the first column."""
+    cells = cells_of(page, heading)
     start = next(number for number, row in enumerate(cells) if set(COLUMNS) <= set(row))
     names = ["", *cells[start][1:]]
     found = [dict(zip(names, row, strict=True)) for row in cells[start + 2 :] if len(row) == len(names)]
@@ -121,14 +149,20 @@ def text(value: Estimate) -> str:
     return estimate(value if value.n >= SEEDS_OF_AN_INTERVAL else Estimate(by_seed=value.by_seed, mean=value.mean))
 
 
-def family_means(study: str, subject: str) -> tuple[FamilyMean, ...]:
-    return analyse(read_studies([ROOT / "docs/results" / study]), subject=subject).family_means
+def difference_text(value: Estimate) -> str:
+    """``+7.4 (+2.9 to +11.9)``."""
+    low, high = value.interval or (None, None)
+    return f"{number(value.mean, signed=True)} ({number(low, signed=True)} to {number(high, signed=True)})"
+
+
+def study_of(name: str, subject: str) -> Study:
+    return analyse(read_studies([ROOT / "docs/results" / name]), subject=subject)
 
 
 @pytest.mark.parametrize("place", TABLES, ids=lambda place: f"{place[0]}: {place[1]}")
 def test_tables_of_studies_hold_what_the_records_say(place: tuple[str, str]) -> None:
     study, subject, backbones = TABLES[place]
-    means = {(item.backbone, item.family): item.value for item in family_means(study, subject)}
+    means = {(item.backbone, item.family): item.value for item in study_of(study, subject).family_means}
     seen = []
     for row in rows_of(*place):
         names = [name for name in backbones if row[""].startswith(name)]
@@ -143,3 +177,16 @@ def test_tables_of_studies_hold_what_the_records_say(place: tuple[str, str]) -> 
         if "seeds" in row:
             assert re.findall(r"\d+", row["seeds"]) == [str(seed) for seed in expected[OVERALL].by_seed]
     assert sorted(seen) == sorted(backbones.values())
+
+
+@pytest.mark.parametrize("heading", DIFFERENCES)
+def test_tables_of_differences_hold_what_the_records_say(heading: str) -> None:
+    place = "docs/RESULTS.md", heading
+    study, subject, _ = TABLES[place]
+    found = {(item.role, item.name, item.choice): item.difference for item in study_of(study, subject).comparisons}
+    for label, keys in DIFFERENCES[heading].items():
+        ((_, *cells),) = (row for row in cells_of(*place) if row[0].startswith(label))
+        assert ", ".join(difference_text(found[key]) for key in keys) in cells, label
+        if "seeds" in cells_of(*place)[0]:
+            by_seed = found[keys[0]].by_seed.values()
+            assert cells[0] == ", ".join(number(value, signed=True) for value in by_seed), label
