@@ -1,13 +1,14 @@
 """A study with real worker processes: killed, continued, with a cell that fails; and what is measured again when."""
 
 import hashlib
+import itertools
 import os
 import runpy
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 
 import pytest
@@ -17,6 +18,7 @@ from tiny_suite import ROOT, TinySuite, fine_tune, one_set
 from xlearner_d2.results.records import CellRecord, read_records
 from xlearner_d2.specs import ConfigError
 from xlearner_d2.transfer import measure as measuring
+from xlearner_d2.transfer import runner
 from xlearner_d2.transfer.backbones import BackboneSpec, parse_backbones
 from xlearner_d2.transfer.measure import measure
 from xlearner_d2.transfer.runner import Cell, all_cells, run_cell, unfinished, worker_threads
@@ -164,6 +166,18 @@ def test_a_worker_measures_what_this_process_would(study: Study, tmp_path: Path)
             again = run_cell(suite, cell, tmp_path)
             assert again.value == pytest.approx(record.value, abs=1e-3)
             assert (again.settings, again.weights) == (record.settings, record.weights)
+
+
+def test_no_cell_is_started_after_ctrl_c(study: Study, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def stop(futures: Iterable[object]) -> Iterator[object]:
+        yield from itertools.islice(as_completed(futures), 1)
+        raise KeyboardInterrupt
+
+    as_completed = runner.as_completed
+    monkeypatch.setattr(runner, "as_completed", stop)
+    with pytest.raises(KeyboardInterrupt):
+        measure(str(study.file), study.backbones[:1], range(20), tmp_path, opts=["TRANSFER.SETS.areas", "null"])
+    assert len(read_records(tmp_path)) < 10  # of 60: that of the worker, and those that it was given beforehand
 
 
 # What is measured again

@@ -3,6 +3,7 @@
 import fcntl
 import json
 import logging
+import os
 import re
 import runpy
 import signal
@@ -249,6 +250,23 @@ def test_runs_that_fail_are_named_and_run_again(tmp_path: Path, started: list[st
     for _ in range(2):
         assert run_pretraining(some_runs("a", "bad", "c"), [0], tmp_path, jobs=2) == ["bad, seed 0"]
     assert sorted(started) == ["seed0/a", "seed0/bad", "seed0/bad", "seed0/c"]
+
+
+def test_no_run_is_started_after_ctrl_c(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The run that goes on has the signal as well, and ends when it has saved its step."""
+    started = []
+
+    def run(command: list[str], **options: Any) -> SimpleNamespace:
+        started.append(command[-1])
+        os.kill(os.getpid(), signal.SIGINT)
+        time.sleep(0.5)
+        return SimpleNamespace(returncode=130)
+
+    monkeypatch.setattr(pretraining, "subprocess", SimpleNamespace(run=run))
+    with pytest.raises(KeyboardInterrupt):
+        run_pretraining(some_runs("a", "b", "c"), [0], tmp_path, jobs=1)
+    time.sleep(1)  # in which another one would be started
+    assert started == [str(tmp_path / "runs/seed0/a")]
 
 
 @pytest.mark.parametrize(

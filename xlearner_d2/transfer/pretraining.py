@@ -23,7 +23,7 @@ from ..config import check_config_file, load_config
 from ..engine.plan import make_plan
 from ..specs import ConfigError, nearest
 from .backbones import RANDOM, BackboneSpec
-from .runner import worker_threads
+from .runner import starts_no_more, worker_threads
 from .suite import digest, read_config
 
 logger = logging.getLogger(__name__)
@@ -187,10 +187,10 @@ def run_pretraining(study: StudySpec, seeds: Sequence[int], folder: Path, *, job
         finally:
             devices.put(device)
 
-    with ThreadPoolExecutor(jobs) as pool:
+    with ThreadPoolExecutor(jobs) as pool, starts_no_more(pool):
         for item in left:
             results[item] = pool.submit(run, *item)
-    return [f"{name}, seed {seed}" for (name, seed), future in results.items() if future.result()]
+        return [f"{name}, seed {seed}" for (name, seed), future in results.items() if future.result()]
 
 
 def _output(folder: Path, name: str, seed: int) -> Path:

@@ -8,7 +8,8 @@ import subprocess
 import threading
 import time
 from collections.abc import Iterator, Sequence
-from concurrent.futures import Future, ProcessPoolExecutor, as_completed
+from concurrent.futures import Executor, Future, ProcessPoolExecutor, as_completed
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -193,7 +194,8 @@ def run_cells(
     context = multiprocessing.get_context("spawn")
     started = time.monotonic()
     initargs = (suite_file, tuple(opts), context.Value("i", 0), jobs)
-    with ProcessPoolExecutor(jobs, mp_context=context, initializer=_start_worker, initargs=initargs) as pool:
+    pool = ProcessPoolExecutor(jobs, mp_context=context, initializer=_start_worker, initargs=initargs)
+    with pool, starts_no_more(pool):
         futures = {pool.submit(_work, cell, folder): cell for cell in cells}
         for done, (cell, future) in enumerate(_as_completed(futures), 1):
             left = (time.monotonic() - started) / done * (len(cells) - done)
@@ -206,6 +208,17 @@ def run_cells(
             record = future.result()
             logger.info(f"{progress} {cell}: {record.metric} {record.value:.1f} in {record.seconds:.0f} s")
     return failed
+
+
+@contextmanager
+def starts_no_more(pool: Executor) -> Iterator[None]:
+    """Ctrl-C: without this, leaving the pool would first do all that waits in it."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        logger.info("Stopping as soon as what runs has ended; the same command goes on from there.")
+        pool.shutdown(cancel_futures=True)
+        raise
 
 
 def _as_completed(futures: "dict[Future[CellRecord], Cell]") -> "Iterator[tuple[Cell, Future[CellRecord]]]":
