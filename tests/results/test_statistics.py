@@ -476,6 +476,12 @@ class TestErrors:
     def test_a_subject_of_several_backbones(self) -> None:
         self.fails("of which there are 2: choose one of expanded/a, expanded/b", full_study(0), subject="expanded")
 
+    def test_several_primary_protocols(self) -> None:
+        records = [cell("pets", "squeezed", 0, 1.0, protocol=name, primary=True) for name in ("probe", "knn")]
+        with pytest.raises(ConfigError, match=r"pets has several primary protocols, knn, probe: choose one"):
+            analyse(records)
+        assert analyse(records, primary={"pets": "knn"}).primary == {"pets": "knn"}
+
     def test_primary_protocol_of_an_unknown_set(self) -> None:
         self.fails(
             "primary protocol for birds, but the sets are cells, digits", full_study(0), primary={"birds": "probe"}

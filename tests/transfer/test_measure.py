@@ -16,6 +16,7 @@ import torch
 from tiny_suite import ROOT, TinySuite, fine_tune, one_set
 
 from xlearner_d2.results.records import CellRecord, read_records
+from xlearner_d2.results.statistics import analyse
 from xlearner_d2.specs import ConfigError
 from xlearner_d2.transfer import measure as measuring
 from xlearner_d2.transfer import runner
@@ -222,6 +223,22 @@ def test_a_cell_that_is_measured_again_uses_the_new_data(study: Study, tmp_path:
     assert (before.details["num_train"], after.details["num_train"]) == (8, 5)
     assert before.settings != after.settings
     assert len(list((tmp_path / "cache/pics").iterdir())) == 2
+
+
+def test_what_counts_is_what_the_suite_names_first_now(
+    study: Study, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also of backbones that were measured before the order was changed, without measuring them again."""
+    suite = study.parse()
+    for protocol in ("probe", "knn"):
+        run_cell(suite, Cell(set_name="pics", protocol=protocol, backbone=study.backbones[0], seed=0), tmp_path)
+    assert analyse(read_records(tmp_path), subject="random").primary == {"pics": "probe"}
+    monkeypatch.setattr(measuring, "run_cells", lambda cells, **_: {})
+    opts = ["TRANSFER.SETS.pics.PROTOCOLS", "[knn, probe]"]
+    measure(str(study.file), study.backbones[1:2], [0], tmp_path, opts=opts, dry_run=True)
+    assert analyse(read_records(tmp_path), subject="random").primary == {"pics": "probe"}
+    measure(str(study.file), study.backbones[1:2], [0], tmp_path, opts=opts)
+    assert analyse(read_records(tmp_path), subject="random").primary == {"pics": "knn"}
 
 
 def test_a_record_that_cannot_be_read_stops_a_study(study: Study, tmp_path: Path) -> None:

@@ -126,8 +126,14 @@ def _analyse(
 
 def _primary_problems(records: Sequence[CellRecord], primary: Mapping[str, str]) -> Iterator[str]:
     protocols: dict[str, set[str]] = defaultdict(set)
+    first: dict[str, set[str]] = defaultdict(set)
     for record in records:
         protocols[record.set_name].add(record.protocol)
+        if record.primary:
+            first[record.set_name].add(record.protocol)
+    for name, found in first.items():
+        if len(found) > 1 and name not in primary:
+            yield f"{name} has several primary protocols, {', '.join(sorted(found))}: choose one with --primary."
     for name, protocol in primary.items():
         if name not in protocols:
             yield f"There is a primary protocol for {name}, but the sets are {', '.join(sorted(protocols))}."

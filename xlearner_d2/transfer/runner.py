@@ -10,7 +10,7 @@ import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Executor, Future, ProcessPoolExecutor, as_completed
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,7 @@ import torch
 from threadpoolctl import threadpool_limits
 
 from ..config import load_config
-from ..results.records import CellRecord, cell_file, read_record, write_record
+from ..results.records import CellRecord, cell_file, read_record, read_records, write_record
 from .backbones import BackboneSpec, fingerprint
 from .protocols import run_protocol, trivial_value
 from .suite import Suite, parse_suite
@@ -81,6 +81,16 @@ def unfinished(suite: Suite, cells: Sequence[Cell], folder: Path) -> list[Cell]:
         return False
 
     return [cell for cell in cells if not finished(cell)]
+
+
+def mark_primary(suite: Suite, folder: Path) -> None:
+    """Bring records that are kept up to date with which protocol of a set the suite names first."""
+    for record in (record for record in read_records(folder) if record.set_name in suite.sets):
+        primary = suite.primary[record.set_name] == record.protocol
+        if record.primary != primary:
+            where = {"set_name": record.set_name, "protocol": record.protocol}
+            path = cell_file(folder, **where, backbone=record.backbone, seed=record.seed)
+            write_record(replace(record, primary=primary), path)
 
 
 def run_cell(suite: Suite, cell: Cell, folder: Path) -> CellRecord:
