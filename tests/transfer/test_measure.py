@@ -312,6 +312,7 @@ def test_a_dry_run_of_the_command(
     [
         (["--weights", "a.pth", "=b"], "error: The command line has 2 problems:\n  1. --weights 'a.pth': NAME=PATH"),
         (["--weights", "a=gone.pth", "a=random"], "error: The command line has 2 problems:\n  1. --weights gives 'a'"),
+        (["--subject", "squeezed"], "The subject is 'squeezed', but the backbones are random."),
         (["--opts", "TRANSFER.NAM", "x"], "There is no setting TRANSFER.NAM (below TRANSFER). Did you mean 'NAME'?"),
     ],
 )

@@ -215,6 +215,29 @@ def test_problems_of_all_runs_come_at_once(files: StudyFiles) -> None:
     assert "XLEARNER.SHARING is 'joined'" in found[0]
 
 
+def test_backbones_that_no_run_will_leave_are_found_before_training(files: StudyFiles) -> None:
+    study = load_study(files.study)
+    backbones = {
+        "single": "expanding/expanded.pth:label",
+        "single/all": "expanding/expanded.pth",
+        "squeezed": "expanding/student_d2.pth",
+        "squeezed/of a task": "squeezing/student_d2.pth:labels",
+        "squeezed/kept": "squeezing/squeeze/model_0000001.pth",
+    }
+    with pytest.raises(ConfigError) as caught:
+        check_runs(replace(study, backbones=backbones))
+    assert caught.value.problems == [
+        "BACKBONES: 'squeezed/of a task': a role such as squeezed, or role/variant, of letters, digits, - and _ is "
+        "expected.",
+        "BACKBONES.single is 'expanding/expanded.pth:label', but expanded.pth needs :TASK, one of labels.",
+        "BACKBONES.single/all is 'expanding/expanded.pth', but expanded.pth needs :TASK, one of labels.",
+        "BACKBONES.squeezed is 'expanding/student_d2.pth', but the run expanding leaves expanded.pth; see its "
+        "XLEARNER.STAGE.",
+        "BACKBONES.squeezed/of a task is 'squeezing/student_d2.pth:labels', but student_d2.pth has no branches, so no "
+        ":TASK.",
+    ]
+
+
 # Running, with a stand-in for the training
 
 
@@ -395,7 +418,9 @@ def test_a_study_that_fails_says_so(files: StudyFiles, monkeypatch: pytest.Monke
     files.parts["BACKBONES"] = {"random": "random"}
     files.write_study()
     with pytest.raises(SystemExit) as caught:
-        command(monkeypatch, "--study", files.study, "--output", files.root / "out", "--seeds", 2)
+        command(
+            monkeypatch, "--study", files.study, "--output", files.root / "out", "--seeds", 2, "--subject", "random"
+        )
     assert caught.value.code == "error: The pre-training has 1 problem:\n  1. bad, seed 0 failed."
     assert started == ["seed0/bad", "seed0/good"]
 
@@ -422,6 +447,15 @@ def test_a_study_is_checked_before_anything_is_trained(
     assert message in str(caught.value.code)
     assert started == []
     assert not (files.root / "out").exists()
+
+
+def test_a_subject_that_is_not_there_is_found_before_anything_is_trained(
+    files: StudyFiles, monkeypatch: pytest.MonkeyPatch, started: list[str]
+) -> None:
+    with pytest.raises(SystemExit) as caught:
+        command(monkeypatch, "--study", files.study, "--output", files.root / "out", "--subject", "squeeze")
+    assert "The subject is 'squeeze', but the backbones are random, single, squeezed." in str(caught.value.code)
+    assert started == []
 
 
 def test_a_run_with_other_settings_is_refused(files: StudyFiles, tmp_path: Path) -> None:

@@ -154,6 +154,17 @@ def _subject_problems(name: str, backbones: Sequence[str]) -> Iterator[str]:
         yield f"The subject is {name!r}, of which there are {len(found)}: choose one of {', '.join(found)}."
 
 
+def check_subject(name: str, backbones: Iterable[str]) -> None:
+    """See that a backbone, or a role of one, is there to be judged; known before anything is measured.
+
+    Raises:
+        ConfigError: when it is not, or is a role of several.
+    """
+    problems = list(_subject_problems(name, sorted(set(backbones), key=backbone_order)))
+    if problems:
+        raise ConfigError(problems, what="The command line")
+
+
 # --- means over sets
 
 
