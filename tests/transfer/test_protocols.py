@@ -53,6 +53,7 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> TinySuite:
         "sem_seg/mIoU", f"{HEADS}/semantic_fpn.yaml", "MODEL.SEM_SEG_HEAD.CONVS_DIM", 32, *FREE
     )
     found["dense_half"] = fine_tune("bbox/AP", f"{HEADS}/retinanet.yaml", TRAIN_SHARE=0.5)
+    found["dense_large"] = fine_tune("bbox/APl", f"{HEADS}/retinanet.yaml")
     found["dense_sigmas"] = fine_tune("bbox/AP", f"{HEADS}/retinanet.yaml", "TEST.KEYPOINT_OKS_SIGMAS", [0.1, 0.2])
     found["dense_typo"] = fine_tune("bbox/APX", f"{HEADS}/retinanet.yaml")
     found["diverging"] = fine_tune("sem_seg/mIoU", f"{HEADS}/linear_segmentation.yaml", "SOLVER.BASE_LR", 1e38)
@@ -207,6 +208,14 @@ def test_only_the_share_is_trained_on(tiny: TinySuite, suite: Suite, monkeypatch
     assert details["num_train"] == 4
     assert sorted(trained) == sorted(2 * random_share(8, 0.5, seed=1))
     assert sorted(seen[8:]) == list(range(8))
+
+
+def test_a_metric_that_is_not_defined_is_an_error(tiny: TinySuite, suite: Suite) -> None:
+    """A record of NaN would keep all others out of the report."""
+    with pytest.raises(
+        ConfigError, match=r"PROTOCOLS\.dense_large\.METRIC is 'bbox/APl', which is not defined on 's_box"
+    ):
+        run(suite, "dense_large", backbone(tiny, "random"))
 
 
 def test_the_evaluator_follows_the_heads_config(tiny: TinySuite, suite: Suite, monkeypatch: pytest.MonkeyPatch) -> None:

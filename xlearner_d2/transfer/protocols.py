@@ -240,6 +240,9 @@ def fine_tune(
     if protocol.metric not in figures:
         known = nearest(protocol.metric, figures)
         raise ConfigError([f"TRANSFER.PROTOCOLS.{protocol.name}.METRIC is {protocol.metric!r}.{known}"])
+    if not math.isfinite(figures[protocol.metric]):
+        got = f"TRANSFER.PROTOCOLS.{protocol.name}.METRIC is {protocol.metric!r}"
+        raise ConfigError([f"{got}, which is not defined on {spec.test!r}: nothing in it is counted by it."])
     details = {name: value for name, value in figures.items() if "-" not in name}  # not of every class
     return figures[protocol.metric], {"num_train": len(chosen), "losses": curve, **details}
 
