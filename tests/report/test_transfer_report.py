@@ -173,6 +173,13 @@ class TestPage:
         assert "Not judged" in words
         assert "no complete cells of squeezed and of the role single" in words
 
+    def test_one_file_for_all_seeds_is_said(self, report: Callable[..., str]) -> None:
+        assert "One file for all seeds" not in Page(report(make_records())).words
+        records = [
+            replace(r, weights="abc" if r.backbone in ("squeezed", "shared") else r.weights) for r in make_records()
+        ]
+        assert "One file for all seeds: shared, squeezed. Intervals then" in Page(report(records)).words
+
     def test_one_seed_is_said(self, report: Callable[..., str]) -> None:
         words = Page(report(make_records(num_seeds=1))).words
         assert "one seed only" in words

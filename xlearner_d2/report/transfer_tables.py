@@ -261,6 +261,18 @@ def files(records: Sequence[CellRecord]) -> Table:
     )
 
 
+def one_file(records: Sequence[CellRecord]) -> list[str]:
+    """Trained backbones that have one file for several seeds."""
+    found = defaultdict(set)
+    for record in records:
+        found[record.backbone].add((record.seed, record.weights))
+    return [
+        name
+        for name in sorted(found, key=backbone_order)
+        if len(found[name]) > 1 and len(files := {weights for _, weights in found[name]}) == 1 and "" not in files
+    ]
+
+
 def duration(seconds: float) -> str:
     """``2 h 05 min``, ``3 min`` or ``12 s``."""
     minutes = round(seconds / 60)
