@@ -121,6 +121,14 @@ ONE_PROBLEM = {
         ["TRANSFER.SETS.pics.PROTOCOLS", "[]"],
         "TRANSFER.SETS.pics.PROTOCOLS is empty, but at least one name is needed.",
     ),
+    "protocol twice": (
+        ["TRANSFER.SETS.pics.PROTOCOLS", "[probe, knn, probe]"],
+        "TRANSFER.SETS.pics.PROTOCOLS has 'probe' twice.",
+    ),
+    "data set twice": (
+        ["TRANSFER.SETS.pics.TRAIN", "[s_pics, s_pics]"],
+        "TRANSFER.SETS.pics.TRAIN has 's_pics' twice.",
+    ),
     "no set": (
         ["TRANSFER.SETS.pics", "null", "TRANSFER.SETS.boxes", "null", "TRANSFER.SETS.areas", "null"],
         "TRANSFER.SETS is empty, but at least one downstream set is needed.",
@@ -132,6 +140,17 @@ ONE_PROBLEM = {
 def test_one_problem_is_named(shared: TinySuite, name: str) -> None:
     opts, message = ONE_PROBLEM[name]
     assert problems(shared, *opts) == [message]
+
+
+def test_a_name_that_is_no_folder_is_refused(tiny: TinySuite) -> None:
+    """Reports would not find its records."""
+    sets = tiny.content["TRANSFER"]["SETS"]
+    sets["cells/blood"] = sets.pop("boxes")
+    tiny.write()
+    assert problems(tiny) == [
+        "TRANSFER.SETS has the name 'cells/blood', but letters, digits, - and _ are expected, as it names a folder of "
+        "records."
+    ]
 
 
 def test_a_missing_head_says_where_it_was_looked_for(shared: TinySuite) -> None:
