@@ -173,6 +173,13 @@ class TestPage:
         assert "Not judged" in words
         assert "no complete cells of squeezed and of the role single" in words
 
+    def test_one_file_for_all_seeds_is_said(self, report: Callable[..., str]) -> None:
+        assert "One file for all seeds" not in Page(report(make_records())).words
+        records = [
+            replace(r, weights="abc" if r.backbone in ("squeezed", "shared") else r.weights) for r in make_records()
+        ]
+        assert "One file for all seeds: shared, squeezed. Intervals then" in Page(report(records)).words
+
     def test_one_seed_is_said(self, report: Callable[..., str]) -> None:
         words = Page(report(make_records(num_seeds=1))).words
         assert "one seed only" in words
@@ -180,8 +187,12 @@ class TestPage:
         assert "±" not in re.sub(r"± half", "", words)
 
     @pytest.mark.parametrize("backbones", [("squeezed",), ("squeezed", "random"), ("squeezed", "imagenet")])
-    def test_few_backbones(self, report: Callable[..., str], backbones: tuple[str, ...]) -> None:
-        assert "reaches 0 of 10 goals; 10 cannot be judged." in Page(report(make_records(backbones))).words
+    def test_backbones_without_roles_have_no_goals(
+        self, tmp_path: Path, report: Callable[..., str], backbones: tuple[str, ...]
+    ) -> None:
+        words = Page(report(make_records(backbones))).words
+        assert "There are no goals" in words
+        assert "judged" not in words + (tmp_path / "tables.md").read_text()
 
     def test_curves_only_where_there_are_some(self, report: Callable[..., str]) -> None:
         with_curves = report(make_records(), primary=PRIMARY)

@@ -323,8 +323,7 @@ class TestMissing:
 
     def test_the_subject_alone(self) -> None:
         study = analyse(full_study(0, backbones=("squeezed",)))
-        assert study.comparisons == ()
-        assert all(item.found is None and item.baseline == "" for item in study.verdicts)
+        assert study.comparisons == study.verdicts == ()
         assert all(item.random is None and item.spread is None and item.flat is None for item in study.checks)
 
     def test_one_seed_has_no_interval(self) -> None:
@@ -476,6 +475,12 @@ class TestErrors:
 
     def test_a_subject_of_several_backbones(self) -> None:
         self.fails("of which there are 2: choose one of expanded/a, expanded/b", full_study(0), subject="expanded")
+
+    def test_several_primary_protocols(self) -> None:
+        records = [cell("pets", "squeezed", 0, 1.0, protocol=name, primary=True) for name in ("probe", "knn")]
+        with pytest.raises(ConfigError, match=r"pets has several primary protocols, knn, probe: choose one"):
+            analyse(records)
+        assert analyse(records, primary={"pets": "knn"}).primary == {"pets": "knn"}
 
     def test_primary_protocol_of_an_unknown_set(self) -> None:
         self.fails(

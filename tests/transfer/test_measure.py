@@ -1,13 +1,14 @@
 """A study with real worker processes: killed, continued, with a cell that fails; and what is measured again when."""
 
 import hashlib
+import itertools
 import os
 import runpy
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 
 import pytest
@@ -15,8 +16,10 @@ import torch
 from tiny_suite import ROOT, TinySuite, fine_tune, one_set
 
 from xlearner_d2.results.records import CellRecord, read_records
+from xlearner_d2.results.statistics import analyse
 from xlearner_d2.specs import ConfigError
 from xlearner_d2.transfer import measure as measuring
+from xlearner_d2.transfer import runner
 from xlearner_d2.transfer.backbones import BackboneSpec, parse_backbones
 from xlearner_d2.transfer.measure import measure
 from xlearner_d2.transfer.runner import Cell, all_cells, run_cell, unfinished, worker_threads
@@ -166,6 +169,18 @@ def test_a_worker_measures_what_this_process_would(study: Study, tmp_path: Path)
             assert (again.settings, again.weights) == (record.settings, record.weights)
 
 
+def test_no_cell_is_started_after_ctrl_c(study: Study, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def stop(futures: Iterable[object]) -> Iterator[object]:
+        yield from itertools.islice(as_completed(futures), 1)
+        raise KeyboardInterrupt
+
+    as_completed = runner.as_completed
+    monkeypatch.setattr(runner, "as_completed", stop)
+    with pytest.raises(KeyboardInterrupt):
+        measure(str(study.file), study.backbones[:1], range(20), tmp_path, opts=["TRANSFER.SETS.areas", "null"])
+    assert len(read_records(tmp_path)) < 10  # of 60: that of the worker, and those that it was given beforehand
+
+
 # What is measured again
 
 
@@ -208,6 +223,22 @@ def test_a_cell_that_is_measured_again_uses_the_new_data(study: Study, tmp_path:
     assert (before.details["num_train"], after.details["num_train"]) == (8, 5)
     assert before.settings != after.settings
     assert len(list((tmp_path / "cache/pics").iterdir())) == 2
+
+
+def test_what_counts_is_what_the_suite_names_first_now(
+    study: Study, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also of backbones that were measured before the order was changed, without measuring them again."""
+    suite = study.parse()
+    for protocol in ("probe", "knn"):
+        run_cell(suite, Cell(set_name="pics", protocol=protocol, backbone=study.backbones[0], seed=0), tmp_path)
+    assert analyse(read_records(tmp_path), subject="random").primary == {"pics": "probe"}
+    monkeypatch.setattr(measuring, "run_cells", lambda cells, **_: {})
+    opts = ["TRANSFER.SETS.pics.PROTOCOLS", "[knn, probe]"]
+    measure(str(study.file), study.backbones[1:2], [0], tmp_path, opts=opts, dry_run=True)
+    assert analyse(read_records(tmp_path), subject="random").primary == {"pics": "probe"}
+    measure(str(study.file), study.backbones[1:2], [0], tmp_path, opts=opts)
+    assert analyse(read_records(tmp_path), subject="random").primary == {"pics": "knn"}
 
 
 def test_a_record_that_cannot_be_read_stops_a_study(study: Study, tmp_path: Path) -> None:
@@ -281,6 +312,7 @@ def test_a_dry_run_of_the_command(
     [
         (["--weights", "a.pth", "=b"], "error: The command line has 2 problems:\n  1. --weights 'a.pth': NAME=PATH"),
         (["--weights", "a=gone.pth", "a=random"], "error: The command line has 2 problems:\n  1. --weights gives 'a'"),
+        (["--subject", "squeezed"], "The subject is 'squeezed', but the backbones are random."),
         (["--opts", "TRANSFER.NAM", "x"], "There is no setting TRANSFER.NAM (below TRANSFER). Did you mean 'NAME'?"),
     ],
 )

@@ -3,6 +3,7 @@
 import fcntl
 import json
 import logging
+import os
 import re
 import runpy
 import signal
@@ -214,6 +215,29 @@ def test_problems_of_all_runs_come_at_once(files: StudyFiles) -> None:
     assert "XLEARNER.SHARING is 'joined'" in found[0]
 
 
+def test_backbones_that_no_run_will_leave_are_found_before_training(files: StudyFiles) -> None:
+    study = load_study(files.study)
+    backbones = {
+        "single": "expanding/expanded.pth:label",
+        "single/all": "expanding/expanded.pth",
+        "squeezed": "expanding/student_d2.pth",
+        "squeezed/of a task": "squeezing/student_d2.pth:labels",
+        "squeezed/kept": "squeezing/squeeze/model_0000001.pth",
+    }
+    with pytest.raises(ConfigError) as caught:
+        check_runs(replace(study, backbones=backbones))
+    assert caught.value.problems == [
+        "BACKBONES: 'squeezed/of a task': a role such as squeezed, or role/variant, of letters, digits, - and _ is "
+        "expected.",
+        "BACKBONES.single is 'expanding/expanded.pth:label', but expanded.pth needs :TASK, one of labels.",
+        "BACKBONES.single/all is 'expanding/expanded.pth', but expanded.pth needs :TASK, one of labels.",
+        "BACKBONES.squeezed is 'expanding/student_d2.pth', but the run expanding leaves expanded.pth; see its "
+        "XLEARNER.STAGE.",
+        "BACKBONES.squeezed/of a task is 'squeezing/student_d2.pth:labels', but student_d2.pth has no branches, so no "
+        ":TASK.",
+    ]
+
+
 # Running, with a stand-in for the training
 
 
@@ -249,6 +273,23 @@ def test_runs_that_fail_are_named_and_run_again(tmp_path: Path, started: list[st
     for _ in range(2):
         assert run_pretraining(some_runs("a", "bad", "c"), [0], tmp_path, jobs=2) == ["bad, seed 0"]
     assert sorted(started) == ["seed0/a", "seed0/bad", "seed0/bad", "seed0/c"]
+
+
+def test_no_run_is_started_after_ctrl_c(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The run that goes on has the signal as well, and ends when it has saved its step."""
+    started = []
+
+    def run(command: list[str], **options: Any) -> SimpleNamespace:
+        started.append(command[-1])
+        os.kill(os.getpid(), signal.SIGINT)
+        time.sleep(0.5)
+        return SimpleNamespace(returncode=130)
+
+    monkeypatch.setattr(pretraining, "subprocess", SimpleNamespace(run=run))
+    with pytest.raises(KeyboardInterrupt):
+        run_pretraining(some_runs("a", "b", "c"), [0], tmp_path, jobs=1)
+    time.sleep(1)  # in which another one would be started
+    assert started == [str(tmp_path / "runs/seed0/a")]
 
 
 @pytest.mark.parametrize(
@@ -377,7 +418,9 @@ def test_a_study_that_fails_says_so(files: StudyFiles, monkeypatch: pytest.Monke
     files.parts["BACKBONES"] = {"random": "random"}
     files.write_study()
     with pytest.raises(SystemExit) as caught:
-        command(monkeypatch, "--study", files.study, "--output", files.root / "out", "--seeds", 2)
+        command(
+            monkeypatch, "--study", files.study, "--output", files.root / "out", "--seeds", 2, "--subject", "random"
+        )
     assert caught.value.code == "error: The pre-training has 1 problem:\n  1. bad, seed 0 failed."
     assert started == ["seed0/bad", "seed0/good"]
 
@@ -404,6 +447,15 @@ def test_a_study_is_checked_before_anything_is_trained(
     assert message in str(caught.value.code)
     assert started == []
     assert not (files.root / "out").exists()
+
+
+def test_a_subject_that_is_not_there_is_found_before_anything_is_trained(
+    files: StudyFiles, monkeypatch: pytest.MonkeyPatch, started: list[str]
+) -> None:
+    with pytest.raises(SystemExit) as caught:
+        command(monkeypatch, "--study", files.study, "--output", files.root / "out", "--subject", "squeeze")
+    assert "The subject is 'squeeze', but the backbones are random, single, squeezed." in str(caught.value.code)
+    assert started == []
 
 
 def test_a_run_with_other_settings_is_refused(files: StudyFiles, tmp_path: Path) -> None:

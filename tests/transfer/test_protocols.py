@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from detectron2.config import get_cfg
+from detectron2.config import CfgNode, get_cfg
+from detectron2.evaluation import DatasetEvaluator
 from detectron2.modeling import Backbone, build_model
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -17,6 +18,7 @@ from torch import Tensor
 
 from xlearner_d2 import add_xlearner_config
 from xlearner_d2.data.subset import random_share
+from xlearner_d2.evaluation.build import build_evaluator
 from xlearner_d2.evaluation.probe import extract_features, linear_probe
 from xlearner_d2.specs import ConfigError
 from xlearner_d2.transfer import protocols, reading
@@ -51,6 +53,8 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> TinySuite:
         "sem_seg/mIoU", f"{HEADS}/semantic_fpn.yaml", "MODEL.SEM_SEG_HEAD.CONVS_DIM", 32, *FREE
     )
     found["dense_half"] = fine_tune("bbox/AP", f"{HEADS}/retinanet.yaml", TRAIN_SHARE=0.5)
+    found["dense_large"] = fine_tune("bbox/APl", f"{HEADS}/retinanet.yaml")
+    found["dense_sigmas"] = fine_tune("bbox/AP", f"{HEADS}/retinanet.yaml", "TEST.KEYPOINT_OKS_SIGMAS", [0.1, 0.2])
     found["dense_typo"] = fine_tune("bbox/APX", f"{HEADS}/retinanet.yaml")
     found["diverging"] = fine_tune("sem_seg/mIoU", f"{HEADS}/linear_segmentation.yaml", "SOLVER.BASE_LR", 1e38)
     found["diverging"]["OPTS"] += ["SOLVER.CLIP_GRADIENTS.ENABLED", False, "SOLVER.MAX_ITER", 3]
@@ -58,7 +62,7 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> TinySuite:
     suite.content["TRANSFER"]["SETS"] = {
         "pics": one_set("classification", "s_pics", "probe", "knn", "few", "tuned_free"),
         "boxes": one_set(
-            "detection", "s_boxes", "dense", "dense_free", "dense_half", "dense_typo", "faster_rcnn", "mask_rcnn"
+            "detection", "s_boxes", *(name for name in found if name.startswith(("dense", "faster", "mask")))
         ),
         "areas": one_set("segmentation", "s_areas", "linear", "linear_free", "diverging", "pixels", "semantic_fpn"),
     }
@@ -204,6 +208,26 @@ def test_only_the_share_is_trained_on(tiny: TinySuite, suite: Suite, monkeypatch
     assert details["num_train"] == 4
     assert sorted(trained) == sorted(2 * random_share(8, 0.5, seed=1))
     assert sorted(seen[8:]) == list(range(8))
+
+
+def test_a_metric_that_is_not_defined_is_an_error(tiny: TinySuite, suite: Suite) -> None:
+    """A record of NaN would keep all others out of the report."""
+    with pytest.raises(
+        ConfigError, match=r"PROTOCOLS\.dense_large\.METRIC is 'bbox/APl', which is not defined on 's_box"
+    ):
+        run(suite, "dense_large", backbone(tiny, "random"))
+
+
+def test_the_evaluator_follows_the_heads_config(tiny: TinySuite, suite: Suite, monkeypatch: pytest.MonkeyPatch) -> None:
+    sigmas = []
+
+    def build(*args: Any, head: CfgNode, **options: Any) -> DatasetEvaluator:
+        sigmas.extend(head.TEST.KEYPOINT_OKS_SIGMAS)
+        return build_evaluator(*args, head=head, **options)
+
+    monkeypatch.setattr(protocols, "build_evaluator", build)
+    run(suite, "dense_sigmas", backbone(tiny, "random"))
+    assert sigmas == [0.1, 0.2]
 
 
 def test_a_metric_that_evaluation_lacks_is_an_error(tiny: TinySuite, suite: Suite) -> None:

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from detectron2.data import MetadataCatalog
 from tiny_suite import TinySuite, fine_tune, one_set
 
 from xlearner_d2.specs import ConfigError
@@ -120,6 +121,14 @@ ONE_PROBLEM = {
         ["TRANSFER.SETS.pics.PROTOCOLS", "[]"],
         "TRANSFER.SETS.pics.PROTOCOLS is empty, but at least one name is needed.",
     ),
+    "protocol twice": (
+        ["TRANSFER.SETS.pics.PROTOCOLS", "[probe, knn, probe]"],
+        "TRANSFER.SETS.pics.PROTOCOLS has 'probe' twice.",
+    ),
+    "data set twice": (
+        ["TRANSFER.SETS.pics.TRAIN", "[s_pics, s_pics]"],
+        "TRANSFER.SETS.pics.TRAIN has 's_pics' twice.",
+    ),
     "no set": (
         ["TRANSFER.SETS.pics", "null", "TRANSFER.SETS.boxes", "null", "TRANSFER.SETS.areas", "null"],
         "TRANSFER.SETS is empty, but at least one downstream set is needed.",
@@ -131,6 +140,17 @@ ONE_PROBLEM = {
 def test_one_problem_is_named(shared: TinySuite, name: str) -> None:
     opts, message = ONE_PROBLEM[name]
     assert problems(shared, *opts) == [message]
+
+
+def test_a_name_that_is_no_folder_is_refused(tiny: TinySuite) -> None:
+    """Reports would not find its records."""
+    sets = tiny.content["TRANSFER"]["SETS"]
+    sets["cells/blood"] = sets.pop("boxes")
+    tiny.write()
+    assert problems(tiny) == [
+        "TRANSFER.SETS has the name 'cells/blood', but letters, digits, - and _ are expected, as it names a folder of "
+        "records."
+    ]
 
 
 def test_a_missing_head_says_where_it_was_looked_for(shared: TinySuite) -> None:
@@ -196,6 +216,31 @@ def test_problems_of_all_heads_come_at_once(tiny: TinySuite) -> None:
     assert first.startswith("TRANSFER.SETS.boxes with TRANSFER.PROTOCOLS.dense")
     assert "SOLVER.MAXITER" in first
     assert second.startswith("TRANSFER.SETS.wrong with TRANSFER.PROTOCOLS.masks: the data set 's_pics' has no thing_cl")
+
+
+def test_data_that_a_head_cannot_learn_from_or_be_tested_on_is_found_before_any_cell(
+    tiny: TinySuite, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    boxes = json.loads((tiny.root / "data/boxes.json").read_text())
+    del boxes["annotations"][2]["segmentation"]
+    (tiny.root / "data/few_masks.json").write_text(json.dumps(boxes))
+    found, record = tiny.content["TRANSFER"], tiny.content["XLEARNER"]["DATASETS"]["s_boxes"]
+    tiny.content["XLEARNER"]["DATASETS"]["s_few_masks"] = {
+        **record,
+        "ANNOTATIONS": str(tiny.root / "data/few_masks.json"),
+    }
+    found["PROTOCOLS"]["masks"] = fine_tune("bbox/AP", "configs/transfer/heads/mask_rcnn.yaml")
+    found["SETS"]["masks"] = one_set("detection", "s_few_masks", "masks")
+    tiny.write()
+    suite = tiny.parse()
+    monkeypatch.setitem(vars(MetadataCatalog.get("s_boxes")), "evaluator_type", "of_another_project")
+    with pytest.raises(ConfigError) as caught:
+        check_heads(suite)
+    first, second = caught.value.problems
+    assert first.startswith(
+        "TRANSFER.SETS.boxes.TEST: evaluator_type of the data set 's_boxes' is 'of_another_project'"
+    )
+    assert second.startswith("TRANSFER.SETS.masks.TRAIN ['s_few_masks']: 1 of 8 objects have no mask")
 
 
 def test_odd_overrides_of_a_suite(shared: TinySuite) -> None:

@@ -12,7 +12,8 @@ import logging
 from pathlib import Path
 
 from ..report.transfer import report_folder
-from ..results.statistics import SUBJECT
+from ..results.records import read_records
+from ..results.statistics import SUBJECT, check_subject
 from ..transfer.backbones import parse_backbones
 from ..transfer.command_line import base_parser, log_progress, seeds_of
 from ..transfer.measure import measure
@@ -46,6 +47,9 @@ def run(args: argparse.Namespace) -> None:
     """Check everything, run what is not finished, report."""
     log_progress()
     backbones = parse_backbones(args.weights)
+    names = [backbone.name for backbone in backbones]
+    subject = args.subject or (SUBJECT if SUBJECT in names else names[-1])
+    check_subject(subject, [*names, *(record.backbone for record in read_records(args.output))])
     measure(
         args.suite,
         backbones,
@@ -56,6 +60,5 @@ def run(args: argparse.Namespace) -> None:
         dry_run=args.dry_run,
     )
     if not args.dry_run:
-        names = [backbone.name for backbone in backbones]
-        page = report_folder(args.output, subject=args.subject or (SUBJECT if SUBJECT in names else names[-1]))
+        page = report_folder(args.output, subject=subject)
         logger.info(f"The report is {page}.")

@@ -18,7 +18,7 @@ def render(study: Study, records: Sequence[CellRecord]) -> str:
     style = Path(__file__).with_name("transfer.css").read_text(encoding="utf-8")
     title = f"Transfer study: {', '.join(sorted({record.suite for record in records}))}"
     sections = (
-        _verdict(study),
+        _verdict(study, records),
         _families(study),
         _comparisons(study),
         _sets(study),
@@ -50,7 +50,9 @@ def _quiet(text: str) -> Element:
 # --- verdict
 
 
-def _verdict(study: Study) -> Element:
+def _verdict(study: Study, records: Sequence[CellRecord]) -> Element:
+    if not study.verdicts:
+        return _section("Verdict", element("p", tables.NO_GOALS, class_="lead"), _warnings(study, records))
     reached = sum(item.reached is True for item in study.verdicts)
     unknown = sum(item.reached is None for item in study.verdicts)
     lead = f"{study.subject} reaches {reached} of {plural(len(study.verdicts), 'goal')}"
@@ -67,7 +69,7 @@ def _verdict(study: Study) -> Element:
     return _section(
         "Verdict",
         element("p", lead, class_="lead"),
-        _warnings(study),
+        _warnings(study, records),
         element("ul", items, class_="goals"),
         _quiet(
             "The baseline of a role is its strongest single file in that family, or, where a goal says so, the one "
@@ -78,9 +80,13 @@ def _verdict(study: Study) -> Element:
     )
 
 
-def _warnings(study: Study) -> Iterator[Element]:
+def _warnings(study: Study, records: Sequence[CellRecord]) -> Iterator[Element]:
     if len(study.seeds) < 2:
         yield element("p", "There is one seed only: nothing here has an interval.", class_="warning")
+    if names := tables.one_file(records):
+        text = f"One file for all seeds: {', '.join(names)}. "
+        text += "Intervals then tell how much transfer varies, not how much another pre-training would differ."
+        yield element("p", text, class_="warning")
     if study.missing:
         total = len(study.primary) * len(study.backbones) * len(study.seeds)
         text = f"Preliminary: {len(study.missing)} of {total} cells under the primary protocols are missing. "

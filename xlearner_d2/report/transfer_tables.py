@@ -8,6 +8,8 @@ from ..results.records import CellRecord
 from ..results.study import LEVEL, OVERALL, Check, Estimate, Study, backbone_order, role_of
 from .wording import NOTHING, estimate, goal_name, number, outcome, plural, probability, sentence, values
 
+NO_GOALS = "There are no goals, as no backbone has a role that they are about."
+
 
 @dataclass(frozen=True, kw_only=True)
 class Table:
@@ -259,6 +261,18 @@ def files(records: Sequence[CellRecord]) -> Table:
     )
 
 
+def one_file(records: Sequence[CellRecord]) -> list[str]:
+    """Trained backbones that have one file for several seeds."""
+    found = defaultdict(set)
+    for record in records:
+        found[record.backbone].add((record.seed, record.weights))
+    return [
+        name
+        for name in sorted(found, key=backbone_order)
+        if len(found[name]) > 1 and len(files := {weights for _, weights in found[name]}) == 1 and "" not in files
+    ]
+
+
 def duration(seconds: float) -> str:
     """``2 h 05 min``, ``3 min`` or ``12 s``."""
     minutes = round(seconds / 60)
@@ -271,7 +285,8 @@ def all_markdown(study: Study, records: Sequence[CellRecord]) -> str:
     """Every table but those of single sets' protocols and curves."""
 
     def sections() -> Iterator[tuple[str, Sequence[Table]]]:
-        yield "Verdict", [goals(study)]
+        if study.verdicts:
+            yield "Verdict", [goals(study)]
         yield "Families", [headline(study)]
         yield "Comparisons", [comparisons(study)]
         yield "Sets", [primary_sets(study)]

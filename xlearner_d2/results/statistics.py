@@ -61,7 +61,7 @@ def analyse(
         records: at most one for each cell; cells may be missing.
         subject: a backbone, or a role that has one backbone only.
         primary: set -> protocol, for sets whose primary protocol is not to be the one with most cells.
-        goals: of the verdicts, which come in this order.
+        goals: of the verdicts, which come in this order; none if no backbone has a role that a goal is about.
 
     Raises:
         ConfigError: for no record, records that contradict one another, and names that are not there.
@@ -93,6 +93,7 @@ def _analyse(
     values = _primary_values(records, primary)
     representatives = _representatives(values, scopes, backbones, subject)
     comparisons = tuple(_comparisons(values, scopes, representatives, subject))
+    goals = goals if any(goal.role in representatives for goal in goals) else ()
     set_means = tuple(_set_means(records, families))
     seeds = tuple(sorted({record.seed for record in records}))
     return Study(
@@ -125,8 +126,14 @@ def _analyse(
 
 def _primary_problems(records: Sequence[CellRecord], primary: Mapping[str, str]) -> Iterator[str]:
     protocols: dict[str, set[str]] = defaultdict(set)
+    first: dict[str, set[str]] = defaultdict(set)
     for record in records:
         protocols[record.set_name].add(record.protocol)
+        if record.primary:
+            first[record.set_name].add(record.protocol)
+    for name, found in first.items():
+        if len(found) > 1 and name not in primary:
+            yield f"{name} has several primary protocols, {', '.join(sorted(found))}: choose one with --primary."
     for name, protocol in primary.items():
         if name not in protocols:
             yield f"There is a primary protocol for {name}, but the sets are {', '.join(sorted(protocols))}."
@@ -145,6 +152,17 @@ def _subject_problems(name: str, backbones: Sequence[str]) -> Iterator[str]:
         yield f"The subject is {name!r}, but the backbones are {', '.join(backbones)}."
     if len(found) > 1:  # to take the best one would favour it over its baselines
         yield f"The subject is {name!r}, of which there are {len(found)}: choose one of {', '.join(found)}."
+
+
+def check_subject(name: str, backbones: Iterable[str]) -> None:
+    """See that a backbone, or a role of one, is there to be judged; known before anything is measured.
+
+    Raises:
+        ConfigError: when it is not, or is a role of several.
+    """
+    problems = list(_subject_problems(name, sorted(set(backbones), key=backbone_order)))
+    if problems:
+        raise ConfigError(problems, what="The command line")
 
 
 # --- means over sets

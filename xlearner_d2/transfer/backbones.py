@@ -2,7 +2,7 @@
 
 import hashlib
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -74,6 +74,15 @@ def parse_backbones(texts: Sequence[str]) -> list[BackboneSpec]:
     return found
 
 
+def name_problems(names: Iterable[str], where: str) -> list[str]:
+    """Names that no record can have; ``where`` stands before each."""
+    return [
+        f"{where}{name!r}: a role such as squeezed, or role/variant, of letters, digits, - and _ is expected."
+        for name in names
+        if not re.fullmatch(r"[\w-]+(/[\w-]+)?", name)
+    ]
+
+
 def check_backbones(backbones: Sequence[BackboneSpec], seeds: Sequence[int], cfg: CfgNode) -> None:
     """See that names are such that each backbone has records of its own, and that every file can be loaded.
 
@@ -85,11 +94,7 @@ def check_backbones(backbones: Sequence[BackboneSpec], seeds: Sequence[int], cfg
     """
     names = [backbone.name for backbone in backbones]
     problems = [f"--weights gives {name!r} twice." for name in sorted({n for n in names if names.count(n) > 1})]
-    problems += [
-        f"--weights {name!r}: a role such as squeezed, or role/variant, of letters, digits, - and _ is expected."
-        for name in names
-        if not re.fullmatch(r"[\w-]+(/[\w-]+)?", name)
-    ]
+    problems += name_problems(names, "--weights ")
     cfg = cfg.clone()
     cfg.defrost()
     cfg.MODEL.DEVICE = "cpu"

@@ -8,7 +8,7 @@ from ..config import load_config
 from ..specs import ConfigError
 from .backbones import BackboneSpec, check_backbones
 from .protocols import check_heads
-from .runner import all_cells, run_cells, unfinished
+from .runner import all_cells, mark_primary, run_cells, unfinished
 from .suite import Suite, check_data, parse_suite
 
 logger = logging.getLogger(__name__)
@@ -55,7 +55,9 @@ def measure(
     logger.info(f"Suite {suite.name}: {len(cells)} cells, of which {len(cells) - len(left)} are finished.")
     if dry_run:
         print("\n".join(f"{'to do' if cell in left else 'done '}  {cell}" for cell in cells))
-    elif left:
+        return
+    mark_primary(suite, folder)
+    if left:
         failed = run_cells(left, suite_file=suite_file, opts=opts, folder=folder, jobs=jobs)
         if failed:
             first = [f"{cell}: {error!r}" for cell, error in list(failed.items())[:3]]

@@ -20,10 +20,11 @@ import torch
 import yaml
 
 from ..config import check_config_file, load_config
-from ..engine.plan import make_plan
+from ..engine.explain import RESULTS
+from ..engine.plan import EXPANDED_FILE, STUDENT_FILE, Plan, make_plan
 from ..specs import ConfigError, nearest
-from .backbones import RANDOM, BackboneSpec
-from .runner import worker_threads
+from .backbones import RANDOM, BackboneSpec, name_problems
+from .runner import starts_no_more, worker_threads
 from .suite import digest, read_config
 
 logger = logging.getLogger(__name__)
@@ -112,21 +113,40 @@ def _needs(opts: Sequence[str]) -> list[str]:
 
 
 def check_runs(study: StudySpec) -> None:
-    """See that every run's config and data are as needed; images are not decoded, as each run does so when it starts.
+    """See that every run's config and data are as needed, and that the runs will leave the study's backbones.
+
+    Images are not decoded, as each run does so when it starts.
 
     Raises:
-        ConfigError: with the problems of all runs.
+        ConfigError: with the problems of all runs and backbones.
     """
-    problems = []
+    problems, plans = [], {}
     for name, opts in study.runs.items():
         pairs = zip(opts[::2], opts[1::2], strict=True)
         known = [item for pair in pairs if not _needs(pair) for item in pair]  # files of earlier runs are not there yet
         try:
-            make_plan(load_config(study.config, [*known, "XLEARNER.CHECK_IMAGES", "0"]), world_size=1)
+            plans[name] = make_plan(load_config(study.config, [*known, "XLEARNER.CHECK_IMAGES", "0"]), world_size=1)
         except ConfigError as error:
             problems += [f"run {name}: {problem}" for problem in error.problems]
+    problems += name_problems(map(str, study.backbones), "BACKBONES: ")
+    for name, text in study.backbones.items():
+        run, _, file = text.partition("/")
+        if run in plans:
+            problems += [f"BACKBONES.{name} is {text!r}, but {wrong}" for wrong in _check_file(file, run, plans[run])]
     if problems:
         raise ConfigError(problems, what="The study")
+
+
+def _check_file(text: str, run: str, plan: Plan) -> list[str]:
+    """Whether a run leaves ``FILE`` or ``FILE:TASK``; of those in folders below its own nothing is known."""
+    file, _, task = text.partition(":")
+    left = [RESULTS[stage] for stage in plan.stages]
+    if file not in left and "/" not in file:
+        return [f"the run {run} leaves {' and '.join(left)}; see its XLEARNER.STAGE."]
+    tasks = [spec.name for spec in plan.tasks]
+    if file == EXPANDED_FILE and task not in tasks:
+        return [f"{file} needs :TASK, one of {', '.join(tasks)}."]
+    return [f"{file} has no branches, so no :TASK."] if file == STUDENT_FILE and task else []
 
 
 def check_output(study: StudySpec, seeds: Sequence[int], folder: Path) -> None:
@@ -187,10 +207,10 @@ def run_pretraining(study: StudySpec, seeds: Sequence[int], folder: Path, *, job
         finally:
             devices.put(device)
 
-    with ThreadPoolExecutor(jobs) as pool:
+    with ThreadPoolExecutor(jobs) as pool, starts_no_more(pool):
         for item in left:
             results[item] = pool.submit(run, *item)
-    return [f"{name}, seed {seed}" for (name, seed), future in results.items() if future.result()]
+        return [f"{name}, seed {seed}" for (name, seed), future in results.items() if future.result()]
 
 
 def _output(folder: Path, name: str, seed: int) -> Path:

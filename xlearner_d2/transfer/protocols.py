@@ -12,7 +12,6 @@ import numpy as np
 import torch
 from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog
-from detectron2.data.build import filter_images_with_only_crowd_annotations
 from detectron2.engine import HookBase, hooks
 from detectron2.evaluation import inference_on_dataset
 from detectron2.modeling import build_model
@@ -22,9 +21,10 @@ from detectron2.utils.events import get_event_storage
 from torch import nn
 
 from ..data.mappers import SourceMapper, build_mapper
+from ..data.sources import SourceData, source_data
 from ..data.subset import random_share
 from ..engine.trainer import StepSeed, build_step_trainer
-from ..evaluation.build import build_evaluator
+from ..evaluation.build import build_evaluator, check_evaluation
 from ..evaluation.probe import Labelled, extract_features, knn_probe, linear_probe
 from ..evaluation.trivial import trivial_metrics
 from ..modeling.heads import find_resnet, head_config
@@ -134,7 +134,7 @@ def fine_tune_config(suite: Suite, spec: SetSpec, protocol: ProtocolSpec) -> Cfg
 
 
 def check_heads(suite: Suite) -> None:
-    """See that the config of every cell that trains can be read and fits its set, whose data must be registered.
+    """See that the config of every cell that trains can be read and fits the data of its set, in training and in test.
 
     Raises:
         ConfigError: with all problems.
@@ -144,9 +144,13 @@ def check_heads(suite: Suite) -> None:
         for protocol in (suite.protocols[name] for name in spec.protocols):
             if protocol.kind == "fine_tune":
                 try:
-                    fine_tune_config(suite, spec, protocol)
+                    cfg = fine_tune_config(suite, spec, protocol)
+                    check_evaluation(spec.test, cfg)
+                    _data(_as_source(spec, protocol), cfg)
                 except ConfigError as error:
                     problems += error.problems
+                except ValueError as error:
+                    problems.append(f"TRANSFER.SETS.{spec.name}.TEST: {error}")
     if problems:
         raise ConfigError(problems, what="The suite")
 
@@ -161,6 +165,14 @@ def _as_source(spec: SetSpec, protocol: ProtocolSpec) -> SourceSpec:
         ims_per_batch=protocol.ims_per_batch,
         opts=protocol.opts,
     )
+
+
+def _data(source: SourceSpec, cfg: CfgNode) -> SourceData:
+    """What a set's head learns from and is tested on, as in a run with it as a source."""
+    try:
+        return source_data(source, cfg, {name: DatasetCatalog.get(name) for name in source.data_sets}, seed=0)
+    except ConfigError as error:
+        raise ConfigError([text.replace("XLEARNER.SOURCES", "TRANSFER.SETS") for text in error.problems]) from error
 
 
 class _Autocast(nn.Module):
@@ -220,7 +232,7 @@ def fine_tune(
     loading = {"batch_size": protocol.ims_per_batch, "num_workers": suite.cfg.DATALOADER.NUM_WORKERS}
     batches = training_batches(train, chosen, seed=seed, **loading)
     curve = _train(wrapped, cfg, suite.cfg, batches, seed=seed)
-    evaluator = build_evaluator(spec.test, output_dir=None)
+    evaluator = build_evaluator(spec.test, output_dir=None, head=cfg)
     result: Mapping[str, Mapping[str, float]] = inference_on_dataset(
         wrapped, evaluation_batches(test, **loading), evaluator
     )
@@ -228,6 +240,9 @@ def fine_tune(
     if protocol.metric not in figures:
         known = nearest(protocol.metric, figures)
         raise ConfigError([f"TRANSFER.PROTOCOLS.{protocol.name}.METRIC is {protocol.metric!r}.{known}"])
+    if not math.isfinite(figures[protocol.metric]):
+        got = f"TRANSFER.PROTOCOLS.{protocol.name}.METRIC is {protocol.metric!r}"
+        raise ConfigError([f"{got}, which is not defined on {spec.test!r}: nothing in it is counted by it."])
     details = {name: value for name, value in figures.items() if "-" not in name}  # not of every class
     return figures[protocol.metric], {"num_train": len(chosen), "losses": curve, **details}
 
@@ -261,12 +276,10 @@ def read_mapped(suite: Suite, spec: SetSpec, protocol: ProtocolSpec) -> tuple[Ma
     if key not in _mapped:
         cfg = fine_tune_config(suite, spec, protocol)
         _mapped.clear()
-        records = _records(spec.train)
-        if "annotations" in records[0]:
-            records = filter_images_with_only_crowd_annotations(records)
+        data = _data(_as_source(spec, protocol), cfg)
         train, test = (SourceMapper(spec.name, build_mapper(cfg, is_train=train)) for train in (True, False))
         _mapped[key] = (
-            Mapped(records, train, fixed=is_deterministic(cfg)),
-            Mapped(DatasetCatalog.get(spec.test), test, fixed=True),
+            Mapped(data.train, train, fixed=is_deterministic(cfg)),
+            Mapped(data.test[spec.test], test, fixed=True),
         )
     return _mapped[key]

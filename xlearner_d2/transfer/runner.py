@@ -8,8 +8,9 @@ import subprocess
 import threading
 import time
 from collections.abc import Iterator, Sequence
-from concurrent.futures import Future, ProcessPoolExecutor, as_completed
-from dataclasses import dataclass
+from concurrent.futures import Executor, Future, ProcessPoolExecutor, as_completed
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ import torch
 from threadpoolctl import threadpool_limits
 
 from ..config import load_config
-from ..results.records import CellRecord, cell_file, read_record, write_record
+from ..results.records import CellRecord, cell_file, read_record, read_records, write_record
 from .backbones import BackboneSpec, fingerprint
 from .protocols import run_protocol, trivial_value
 from .suite import Suite, parse_suite
@@ -80,6 +81,16 @@ def unfinished(suite: Suite, cells: Sequence[Cell], folder: Path) -> list[Cell]:
         return False
 
     return [cell for cell in cells if not finished(cell)]
+
+
+def mark_primary(suite: Suite, folder: Path) -> None:
+    """Bring records that are kept up to date with which protocol of a set the suite names first."""
+    for record in (record for record in read_records(folder) if record.set_name in suite.sets):
+        primary = suite.primary[record.set_name] == record.protocol
+        if record.primary != primary:
+            where = {"set_name": record.set_name, "protocol": record.protocol}
+            path = cell_file(folder, **where, backbone=record.backbone, seed=record.seed)
+            write_record(replace(record, primary=primary), path)
 
 
 def run_cell(suite: Suite, cell: Cell, folder: Path) -> CellRecord:
@@ -193,7 +204,8 @@ def run_cells(
     context = multiprocessing.get_context("spawn")
     started = time.monotonic()
     initargs = (suite_file, tuple(opts), context.Value("i", 0), jobs)
-    with ProcessPoolExecutor(jobs, mp_context=context, initializer=_start_worker, initargs=initargs) as pool:
+    pool = ProcessPoolExecutor(jobs, mp_context=context, initializer=_start_worker, initargs=initargs)
+    with pool, starts_no_more(pool):
         futures = {pool.submit(_work, cell, folder): cell for cell in cells}
         for done, (cell, future) in enumerate(_as_completed(futures), 1):
             left = (time.monotonic() - started) / done * (len(cells) - done)
@@ -206,6 +218,17 @@ def run_cells(
             record = future.result()
             logger.info(f"{progress} {cell}: {record.metric} {record.value:.1f} in {record.seconds:.0f} s")
     return failed
+
+
+@contextmanager
+def starts_no_more(pool: Executor) -> Iterator[None]:
+    """Ctrl-C: without this, leaving the pool would first do all that waits in it."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        logger.info("Stopping as soon as what runs has ended; the same command goes on from there.")
+        pool.shutdown(cancel_futures=True)
+        raise
 
 
 def _as_completed(futures: "dict[Future[CellRecord], Cell]") -> "Iterator[tuple[Cell, Future[CellRecord]]]":

@@ -2,7 +2,9 @@
 
 import hashlib
 import json
-from collections.abc import Mapping
+import re
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, asdict, dataclass, fields
 from typing import Any
 
@@ -219,6 +221,7 @@ def _check_set(spec: SetSpec, where: str, protocols: Mapping[str, ProtocolSpec],
     for key in ("train", "protocols"):
         if not getattr(spec, key):
             problems.append(f"{where}.{key.upper()} is empty, but at least one name is needed.")
+        problems += [f"{where}.{key.upper()} has {name!r} twice." for name in _repeated(getattr(spec, key))]
     for name in (*spec.train, spec.test):
         if name not in known:
             problems.append(f"{where} names the unknown data set {name!r}.{nearest(name, known)}")
@@ -228,6 +231,10 @@ def _check_set(spec: SetSpec, where: str, protocols: Mapping[str, ProtocolSpec],
         elif spec.family in FAMILIES:
             problems += _check_pair(spec, protocols[name], where)
     return problems
+
+
+def _repeated(names: Sequence[str]) -> list[str]:
+    return [name for name, count in Counter(names).items() if count > 1]
 
 
 def _check_pair(spec: SetSpec, protocol: ProtocolSpec, where: str) -> list[str]:
@@ -275,6 +282,11 @@ def parse_suite(cfg: CfgNode) -> Suite:
 
 def _parse_all(cls: Any, records: Mapping[str, Any], where: str, problems: list[str]) -> dict[str, Any]:
     """Null records are skipped, so that a derived suite or the command line can drop one."""
+    problems += [
+        f"{where} has the name {name!r}, but letters, digits, - and _ are expected, as it names a folder of records."
+        for name in records
+        if not re.fullmatch(r"[\w-]+", str(name))
+    ]
     found = {
         name: parse_record(cls, name, record, f"{where}.{name}", problems)
         for name, record in records.items()
