@@ -9,7 +9,6 @@ from typing import Any
 import torch
 from detectron2.engine import HookBase, TrainerBase, hooks
 from detectron2.modeling import build_model
-from detectron2.solver import build_lr_scheduler
 from detectron2.utils import comm
 from detectron2.utils.env import seed_all_rng
 from fvcore.nn.precise_bn import update_bn_stats
@@ -30,7 +29,7 @@ from .branches import load_expanded, student_config
 from .evaluate import evaluate_sources
 from .failure import stop_at_failure
 from .norm_statistics import WorkerStatistics, share_norm_statistics
-from .optimizer import make_optimizer
+from .optimizer import make_optimizer, make_schedule
 from .plan import STUDENT_FILE, Plan, expanded_file, squeeze_config
 from .provenance import describe_training
 from .squeeze_settings import hint_factors, squeeze_batches
@@ -208,7 +207,7 @@ def build_squeeze_hook(
     trainer.on_non_finite = stop_at_failure(plan, "squeeze", {"expand": teacher, "squeeze": weighed})
     return SqueezeHook(
         trainer=trainer,
-        scheduler=build_lr_scheduler(cfg, optimizer),
+        scheduler=make_schedule(cfg, optimizer),
         recalibration=build_loader(plan, "squeeze", seed_offset=1),
         recalibration_batches=squeeze.BN_RECALIBRATION_BATCHES,
         finish=finish,
