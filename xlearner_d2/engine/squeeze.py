@@ -30,9 +30,9 @@ from .evaluate import evaluate_sources
 from .failure import stop_at_failure
 from .norm_statistics import WorkerStatistics, share_norm_statistics
 from .optimizer import make_optimizer, make_schedule
-from .plan import STUDENT_FILE, Plan, expanded_file, squeeze_config
+from .plan import STUDENT_FILE, Plan, expanded_file
 from .provenance import describe_training
-from .squeeze_settings import hint_factors, squeeze_batches
+from .squeeze_settings import hint_factors, squeeze_batches, squeeze_config
 from .steps import StepTrainer
 from .student import build_learner, build_student, freeze_idle, initialise_student
 from .trainer import StepSeed, build_loader, build_step_trainer, resume, stage_hooks, weigh

@@ -58,6 +58,14 @@ def check_squeeze(cfg: CfgNode) -> list[str]:
     return problems
 
 
+def squeeze_config(cfg: CfgNode) -> CfgNode:
+    """The project's config with ``XLEARNER.SQUEEZE.SOLVER`` merged into ``SOLVER``."""
+    cfg = cfg.clone()
+    cfg.defrost()
+    cfg.SOLVER.merge_from_other_cfg(cfg.XLEARNER.SQUEEZE.SOLVER)
+    return cfg
+
+
 def squeeze_batches(cfg: CfgNode) -> str:
     """The stage whose batches the student learns from."""
     return "expand" if cfg.XLEARNER.SQUEEZE.ONLINE else "squeeze"
