@@ -197,7 +197,7 @@ def build_squeeze_hook(
             results = evaluate_sources(learner, plan, plan.drawn[stage].sources, folder=folder / "inference_squeezed")
         if comm.is_main_process():
             write_atomically(json.dumps(results, indent=2) + "\n", folder / SOURCE_RESULTS)
-            export_student(student, student_config(plan.cfg), path, training=describe_training(plan))
+            export_student(student, student_config(plan.cfg, plan.tasks), path, training=describe_training(plan))
             logger.info(f"The student is in {path}.")
 
     dtype = autocast_dtype(cfg)
