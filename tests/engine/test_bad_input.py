@@ -211,6 +211,11 @@ def test_settings_of_both_solvers_that_would_end_a_run_midway(project, where, ke
         project.dry_run(f"{where}.{key}", value)
 
 
+def test_an_online_squeeze_without_an_expansion_is_no_run(project):
+    with pytest.raises(ConfigError, match=r"ONLINE squeezes in the steps of the expansion, which is not run: set"):
+        project.dry_run("XLEARNER.STAGE", "squeeze", "XLEARNER.SQUEEZE.ONLINE", True)
+
+
 @pytest.mark.parametrize("wrong", [{"WEIGHT_DECAY": 0}, {"CLIP_GRADIENTS": {"ENABLE": True}}])
 def test_what_a_solver_of_the_squeeze_cannot_hold(project, wrong):
     project.content["XLEARNER"]["SQUEEZE"]["SOLVER"] |= wrong

@@ -34,6 +34,9 @@ def check_squeeze(cfg: CfgNode) -> list[str]:
     problems = one_of("SQUEEZE.DISTANCE", squeeze.DISTANCE, DISTANCES)
     problems += one_of("SQUEEZE.NORMALISER", squeeze.NORMALISER, NORMALISERS)
     problems += _check_hints(squeeze)
+    if squeeze.ONLINE and cfg.XLEARNER.STAGE == "squeeze":
+        wish = "which is not run: set XLEARNER.STAGE to expand, or ONLINE to False"
+        problems.append(f"XLEARNER.SQUEEZE.ONLINE squeezes in the steps of the expansion, {wish}.")
     if squeeze.PROJECTOR_LAYERS < 1:
         problems.append(f"XLEARNER.SQUEEZE.PROJECTOR_LAYERS is {squeeze.PROJECTOR_LAYERS}, but at least 1 is expected.")
     if not 0 <= squeeze.HINT_WEIGHT < float("inf"):
