@@ -13,7 +13,6 @@ import torch
 import yaml
 from detectron2.config import CfgNode, LazyCall
 from detectron2.modeling import build_model
-from detectron2.solver import build_lr_scheduler
 from detectron2.utils import comm
 from omegaconf import OmegaConf
 from torch import nn
@@ -21,7 +20,7 @@ from torch.utils.data import DataLoader
 
 from .config import default_config, load_config
 from .engine.branches import initialise_branches
-from .engine.optimizer import make_optimizer
+from .engine.optimizer import make_multiplier, make_optimizer
 from .engine.plan import Plan, make_plan
 from .engine.trainer import build_loader
 from .modeling import XLearner
@@ -119,8 +118,7 @@ def build_optimizer(settings: Mapping[str, Any], params: Mapping[str, nn.Module]
 
 def build_lr_multiplier(settings: Mapping[str, Any]) -> Any:
     """The schedule that ``SOLVER`` describes, as a ``ParamScheduler`` of fvcore."""
-    unused = torch.optim.SGD([nn.Parameter(torch.zeros(()))], lr=1.0)
-    return build_lr_scheduler(_plan_of(settings).cfg, unused)._multiplier  # Detectron2 does not give it otherwise
+    return make_multiplier(_plan_of(settings).cfg)
 
 
 def _tree(cfg: CfgNode) -> dict[str, Any]:

@@ -1,5 +1,7 @@
 """What a config needs to use a network that was trained with another one."""
 
+import pytest
+
 from xlearner_d2.checkpoint.stored import settings_of_its_own
 from xlearner_d2.config import default_config
 
@@ -21,6 +23,14 @@ def test_what_is_no_default_is_needed() -> None:
         "MODEL.PIXEL_STD": [58.0, 57.0, 57.0],
         "MODEL.RESNETS.WIDTH_PER_GROUP": 32,
     }
+
+
+@pytest.mark.parametrize(("norm", "needed"), [("BN", {}), ("SyncBN", {}), ("GN", {"MODEL.RESNETS.NORM": "GN"})])
+def test_another_norm_than_bn_is_needed(norm: str, needed: dict[str, str]) -> None:
+    """Detectron2's frozen BN would take the scales of GN for its own, and be another map."""
+    cfg = default_config()
+    cfg.MODEL.RESNETS.NORM = norm
+    assert settings_of_its_own(cfg) == needed
 
 
 def test_a_network_without_bottlenecks_has_no_stride_in_them() -> None:

@@ -207,11 +207,27 @@ def test_all_problems_of_a_config_are_listed_at_once(project):
         ("CHECKPOINT_PERIOD", 0, r"CHECKPOINT_PERIOD is 0, but a number of steps of at least 1 is expected"),
         ("CHECKPOINT_PERIOD", -5, r"CHECKPOINT_PERIOD is -5, but a number of steps of at least 1 is expected"),
         ("OPTIMIZER", "Adam", r"OPTIMIZER is 'Adam', but one of SGD, AdamW is expected"),
+        ("BASE_LR_END", 0.5, r"BASE_LR_END is 0\.5, but a rate from 0 to BASE_LR, 0\.001, is expected"),
+        ("LR_SCHEDULER_NAME", "Cosine", r" is refused by Detectron2 or PyTorch: Unknown LR scheduler: Cosine\."),
+        ("WARMUP_METHOD", "slow", r" is refused by Detectron2 or PyTorch: .*slow"),
     ],
 )
 def test_settings_of_both_solvers_that_would_end_a_run_midway(project, where, key, value, message):
-    with pytest.raises(ConfigError, match=rf"(?m)^  1\. {where}\.{message}"):
+    with pytest.raises(ConfigError, match=rf"(?m)^  1\. {where}\.?{message}"):
         project.dry_run(f"{where}.{key}", value)
+
+
+def test_an_online_squeeze_without_an_expansion_is_no_run(project):
+    with pytest.raises(ConfigError, match=r"ONLINE squeezes in the steps of the expansion, which is not run: set"):
+        project.dry_run("XLEARNER.STAGE", "squeeze", "XLEARNER.SQUEEZE.ONLINE", True)
+
+
+@pytest.mark.parametrize("wrong", [{"WEIGHT_DECAY": 0}, {"CLIP_GRADIENTS": {"ENABLE": True}}])
+def test_what_a_solver_of_the_squeeze_cannot_hold(project, wrong):
+    project.content["XLEARNER"]["SQUEEZE"]["SOLVER"] |= wrong
+    project.write(project.content)
+    with pytest.raises(ConfigError, match=r"1\. XLEARNER\.SQUEEZE\.SOLVER is refused .*(WEIGHT_DECAY|CLIP_GRADIENTS)"):
+        project.dry_run()
 
 
 def test_a_config_without_its_base_is_told_so(project):

@@ -65,7 +65,7 @@ def test_branches_of_several_kinds_are_squeezed_into_a_smaller_student(project: 
 
 
 def build_branch_of(plan: Plan) -> torch.nn.Module:
-    return build_branch(student_config(plan.cfg), out_features=["res5"])
+    return build_branch(student_config(plan.cfg, plan.tasks), out_features=["res5"])
 
 
 def test_a_student_starts_as_a_branch_of_timm(project: Project) -> None:

@@ -11,7 +11,13 @@ from detectron2.solver.build import maybe_add_gradient_clipping
 from torch import nn
 
 from xlearner_d2 import add_xlearner_config
-from xlearner_d2.engine.optimizer import clip_each_norm, clip_each_value, clip_joint_norm, make_optimizer
+from xlearner_d2.engine.optimizer import (
+    clip_each_norm,
+    clip_each_value,
+    clip_joint_norm,
+    make_optimizer,
+    make_schedule,
+)
 
 
 def config(*opts: Any) -> CfgNode:
@@ -167,3 +173,35 @@ def test_frozen_parameters_and_parameters_without_gradient_stay() -> None:
     optimizer.step()
     moved = {name for name, value in model.state_dict().items() if not torch.equal(value, before[name])}
     assert moved == {"3.weight", "3.bias"}
+
+
+@pytest.mark.parametrize("kind", ["SGD", "AdamW"])
+def test_what_is_loaded_goes_on_with_the_settings_of_now(kind: str) -> None:
+    """With ten times the rate, the rest of the schedule is ten times that of a run that was left alone."""
+    before = ["SOLVER.OPTIMIZER", kind, "SOLVER.MAX_ITER", 8, "SOLVER.LR_SCHEDULER_NAME", "WarmupCosineLR"]
+    after = ["SOLVER.BASE_LR", 1.0, "SOLVER.WEIGHT_DECAY", 0.02, "SOLVER.MOMENTUM", 0.5]
+    model = network()
+    runs = {}
+    for name, opts in {"alone": before, "resumed": before, "changed": [*before, *after]}.items():
+        optimizer = make_optimizer(config(*opts), model)
+        runs[name] = optimizer, make_schedule(config(*opts), optimizer)
+    optimizer, schedule = runs["alone"]
+    for step in range(6):
+        if step == 3:
+            saved = copy.deepcopy((schedule.state_dict(), optimizer.state_dict()))
+            for other, its in (runs["resumed"], runs["changed"]):
+                its.load_state_dict(saved[0])
+                other.load_state_dict(saved[1])
+        if step >= 3:
+            rates = {name: [group["lr"] for group in of.param_groups] for name, (of, _) in runs.items()}
+            assert rates["resumed"] == rates["alone"]
+            assert rates["changed"] == pytest.approx([10 * rate for rate in rates["alone"]])
+        optimizer.zero_grad()
+        loss_of(model, 0).backward()
+        for of, its in runs.values() if step >= 3 else [runs["alone"]]:
+            of.step()
+            its.step()
+    (resumed, _), (changed, _) = runs["resumed"], runs["changed"]
+    assert [group["weight_decay"] for group in resumed.param_groups] == [0.05, 0.01]
+    assert [group["weight_decay"] for group in changed.param_groups] == [0.02, 0.01]
+    assert [group.get("momentum") for group in changed.param_groups] == [0.5 if kind == "SGD" else None] * 2

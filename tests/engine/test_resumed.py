@@ -1,11 +1,13 @@
 """Settings that change while a run lasts: told, or refused."""
 
+import json
 import logging
 from pathlib import Path
 
 import pytest
 from conftest import Project
 
+from xlearner_d2.checkpoint.load import read_checkpoint
 from xlearner_d2.specs import ConfigError
 
 
@@ -49,3 +51,26 @@ def test_a_run_without_tests_says_so(project: Project, caplog: pytest.LogCapture
         project.run(resume=True)
     assert "The expanded model is not evaluated, as no source has TEST." in caplog.text
     assert "Pictures" not in caplog.text
+
+
+def test_rates_and_decays_that_are_changed_hold(project: Project) -> None:
+    """The rest of both stages, which are stopped after two steps, has those of now."""
+    out = ("OUTPUT_DIR", project.root / "changed", "XLEARNER.STAGE", "all")
+    project.run(*out)
+    for name in ("expanded.pth", "student_d2.pth"):
+        (project.root / "changed" / name).unlink()
+    steps = (
+        "SOLVER.MAX_ITER",
+        4,
+        "XLEARNER.SQUEEZE.SOLVER.MAX_ITER",
+        4,
+        "SOLVER.LR_SCHEDULER_NAME",
+        "WarmupMultiStepLR",
+    )
+    project.run(*out, *steps, "SOLVER.BASE_LR", 1e-5, "SOLVER.WEIGHT_DECAY", 0.01, resume=True)
+    for stage in ("expand", "squeeze"):
+        folder = project.root / "changed" / stage
+        assert json.loads((folder / "metrics.json").read_text().splitlines()[-1])["lr"] == pytest.approx(1e-5)
+        trainer = read_checkpoint(folder / "model_final.pth")["trainer"]
+        groups = (trainer if stage == "expand" else trainer["hooks"]["SqueezeHook"])["optimizer"]["param_groups"]
+        assert {group["weight_decay"] for group in groups} == {0.01, 0.0}

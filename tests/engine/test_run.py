@@ -11,7 +11,7 @@ from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.modeling import build_model
 
 from xlearner_d2.checkpoint.load import read_checkpoint
-from xlearner_d2.engine.plan import squeeze_config
+from xlearner_d2.engine.squeeze_settings import squeeze_config
 from xlearner_d2.engine.steps import StepTrainer
 from xlearner_d2.specs import ConfigError
 

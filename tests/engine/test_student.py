@@ -1,6 +1,7 @@
 """The student is a whole network, whatever the heads read; what it cannot learn is refused before any training."""
 
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -10,6 +11,8 @@ from detectron2.modeling import build_model
 from test_processes import finish, start
 
 from xlearner_d2.checkpoint.load import read_checkpoint
+from xlearner_d2.engine import evaluate
+from xlearner_d2.engine.evaluate import probe_student
 from xlearner_d2.engine.plan import Plan, make_plan
 from xlearner_d2.engine.squeeze import SqueezeHook, build_squeeze_hook
 from xlearner_d2.engine.trainer import build_loader
@@ -175,6 +178,30 @@ def test_hints_for_own_images_that_nobody_gives_are_refused(grown: Project) -> N
     with pytest.raises(ValueError, match=r"are 0 for all tasks that have images to train on \(OWN_IMAGES\), so"):
         plan_of(grown, *opts)
     plan_of(grown, *opts[2:])  # branch classification gives hints for the areas
+
+
+@pytest.mark.parametrize("dilation", [1, 2])
+def test_its_file_says_how_far_res5_is_dilated(
+    project: Project, monkeypatch: pytest.MonkeyPatch, dilation: int
+) -> None:
+    """Read back, and where it is probed, it is the network that was trained."""
+    keep(project, "pics")
+    add_opts(project, "pics", "MODEL.RESNETS.RES5_DILATION", dilation)
+    plan = plan_of(project)
+    hook, path = hook_of(plan), project.root / "out/student_d2.pth"
+    monkeypatch.setenv("DETECTRON2_DATASETS", str(project.root / "data"))
+    hook.finish()
+    probed = []
+    monkeypatch.setattr(
+        evaluate, "probe_backbone", lambda network, *_, **__: probed.append(network) or Mock(accuracy=0.0)
+    )
+    probe_student(plan, path)
+    images = torch.randn(1, 3, 64, 64)
+    with torch.no_grad():
+        expected = hook.distiller.student.eval()(images)["res5"]
+        assert expected.shape[-1] == (2 if dilation == 1 else 4)
+        for network in (load_student(path).network, probed[0]):
+            torch.testing.assert_close(network(images)["res5"], expected, rtol=1e-3, atol=1e-3)
 
 
 # Stages that give hints

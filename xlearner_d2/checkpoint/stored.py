@@ -25,6 +25,8 @@ def settings_of_its_own(cfg: CfgNode) -> dict[str, Any]:
     """What a config needs, besides the depth, to use a ResNet that was trained with ``cfg``: what is no default."""
     default, resnets = get_cfg(), cfg.MODEL.RESNETS
     keys = [key for key in (*CONVENTION_KEYS, *_NETWORK_KEYS) if _plain(_get(cfg, key)) != _plain(_get(default, key))]
+    if "BN" not in resnets.NORM:  # the kinds of BN are one map in inference
+        keys.append("MODEL.RESNETS.NORM")
     if resnets.DEPTH < 50:
         keys = [key for key in keys if key != "MODEL.RESNETS.STRIDE_IN_1X1"]  # of bottlenecks
     return {key: _plain(_get(cfg, key)) for key in keys}

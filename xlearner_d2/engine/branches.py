@@ -23,8 +23,8 @@ logger = logging.getLogger(__name__)
 RANDOM = "random"
 
 
-def student_config(cfg: CfgNode) -> CfgNode:
-    """The project's config with the student's network in ``MODEL``, whatever the branches are.
+def student_config(cfg: CfgNode, tasks: Sequence[TaskSpec]) -> CfgNode:
+    """The project's config with the student's network in ``MODEL``, whatever the branches of these tasks are.
 
     The student learns as a whole, whatever ``FREEZE_AT`` keeps of the branches: a stage kept from one of them could
     follow no other, and of a student that starts at random it would stay random.
@@ -33,6 +33,7 @@ def student_config(cfg: CfgNode) -> CfgNode:
     cfg = with_network(cfg, timm=squeeze.TIMM, depth=squeeze.DEPTH)
     cfg.XLEARNER.BRANCHES = CfgNode(new_allowed=True)
     cfg.MODEL.RESNETS.OUT_FEATURES = list(STAGES)
+    cfg.MODEL.RESNETS.RES5_DILATION = max(task.res5_dilation for task in tasks)
     cfg.MODEL.BACKBONE.FREEZE_AT = 0
     return cfg
 
@@ -107,7 +108,7 @@ def _unbuildable(cfg: CfgNode, tasks: Sequence[TaskSpec]) -> Iterator[str]:
     networks = {
         f"The branch of task {task.name!r}": (branch_config(cfg, task.name), task.res5_dilation) for task in own
     }
-    networks["The student"] = (student_config(cfg), max(task.res5_dilation for task in tasks))
+    networks["The student"] = (student_config(cfg, tasks), 0)
     failed = False
     for what, (config, dilation) in networks.items():
         try:
@@ -130,7 +131,7 @@ def _unbuildable(cfg: CfgNode, tasks: Sequence[TaskSpec]) -> Iterator[str]:
         yield f"Reconciliation layers with MODEL.RESNETS.NORM {norm!r} do not fit these branches: {error}."
 
 
-def _on_meta(cfg: CfgNode, dilation: int) -> Branch:
+def _on_meta(cfg: CfgNode, dilation: int = 0) -> Branch:
     with torch.device("meta"):
         return build_branch(cfg, out_features=STAGES, res5_dilation=dilation)
 
@@ -174,14 +175,14 @@ def _check_student(
     start, names = cfg.XLEARNER.SQUEEZE.INIT, [task.name for task in tasks]
     if start not in names and not _is_start(start):
         return [f"XLEARNER.SQUEEZE.INIT is {start!r}, no task and no file.{nearest(start, [*names, RANDOM])}"]
-    student = _on_meta(student_config(cfg), max(task.res5_dilation for task in tasks))
+    student = _on_meta(student_config(cfg, tasks))
     problems = _check_hints(cfg, student, givers) if givers and _squeezes(cfg) else []
     if start not in names:
         return [*problems, *_misfit(student, "XLEARNER.SQUEEZE.INIT", start)]
     branch = branches[start] if start in branches else next(iter(branches.values()))
     if fits(branch, student):
         return problems
-    got = f"{network_name(student_config(cfg))} with {', '.join(student.stage_names)}"
+    got = f"{network_name(student_config(cfg, tasks))} with {', '.join(student.stage_names)}"
     has = f"{network_name(branch_config(cfg, start))} with {', '.join(branch.stage_names)}"
     return [
         *problems,

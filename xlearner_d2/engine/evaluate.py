@@ -65,7 +65,7 @@ def probe_student(plan: Plan, weights: str | Path) -> dict[str, dict[str, float]
     Returns:
         ``{probe: {"student": top-1, "random": top-1}}``.
     """
-    cfg = student_config(plan.cfg)
+    cfg = student_config(plan.cfg, plan.tasks)
     torch.manual_seed(max(cfg.SEED, 0))
     random = build_branch(cfg, out_features=("res5",)).to(cfg.MODEL.DEVICE)
     student = build_branch(cfg, out_features=("res5",)).to(cfg.MODEL.DEVICE)

@@ -12,7 +12,8 @@ from ..modeling import XLearner
 from ..modeling.branches import branch_config, network_name
 from ..specs import SourceSpec, TaskSpec
 from .growth import grow
-from .plan import EXPANDED_FILE, STUDENT_FILE, Drawn, Plan, squeeze_config
+from .plan import EXPANDED_FILE, STUDENT_FILE, Drawn, Plan
+from .squeeze_settings import squeeze_config
 from .trial import expected_memory
 from .watch import resident_gb
 

@@ -1,11 +1,13 @@
 """The optimiser of either stage: SGD or AdamW with Detectron2's parameter groups and clipping, in few passes."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 from detectron2.config import CfgNode
-from detectron2.solver import get_default_optimizer_params
+from detectron2.solver import build_lr_scheduler, get_default_optimizer_params
+from detectron2.solver.lr_scheduler import LRMultiplier
+from fvcore.common.param_scheduler import ParamScheduler
 from torch import Tensor, nn
 
 OPTIMIZERS = ("SGD", "AdamW")
@@ -54,9 +56,43 @@ def make_optimizer(cfg: CfgNode, model: nn.Module) -> torch.optim.Optimizer:
         optimizer = torch.optim.SGD(groups, lr=solver.BASE_LR, momentum=momentum, nesterov=nesterov, fused=True)
     else:
         optimizer = AdamW(groups, lr=solver.BASE_LR, fused=True)
+    optimizer.register_load_state_dict_pre_hook(_with_own_settings)
     if solver.CLIP_GRADIENTS.ENABLED:
         optimizer.register_step_pre_hook(_clipping(solver.CLIP_GRADIENTS))
     return optimizer
+
+
+def _with_own_settings(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> dict[str, Any]:
+    """What a checkpoint has of each parameter, with the settings of now: decays may be changed before a run goes on."""
+    own = [{key: value for key, value in group.items() if key != "params"} for group in optimizer.param_groups]
+    saved = state["param_groups"]
+    return {**state, "param_groups": [{**of, **(own[k] if k < len(own) else {})} for k, of in enumerate(saved)]}
+
+
+class Schedule(LRMultiplier):
+    """Detectron2's, of which a checkpoint has the step alone: a run goes on at the rate that its config has now.
+
+    It is to be loaded before its optimiser, which keeps the rates that it has then.
+    """
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"last_epoch": self.last_epoch}
+
+    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
+        self.last_epoch = state_dict["last_epoch"]
+        for group, rate in zip(self.optimizer.param_groups, self.get_lr(), strict=True):
+            group["lr"] = rate
+
+
+def make_multiplier(cfg: CfgNode) -> ParamScheduler:
+    """What ``SOLVER`` multiplies learning rates by in the course of a stage."""
+    unused = torch.optim.SGD([nn.Parameter(torch.zeros(()))], lr=1.0)
+    return build_lr_scheduler(cfg, unused)._multiplier  # Detectron2 does not give it otherwise
+
+
+def make_schedule(cfg: CfgNode, optimizer: torch.optim.Optimizer) -> Schedule:
+    """The schedule of an optimiser's learning rates that ``SOLVER`` describes."""
+    return Schedule(optimizer, make_multiplier(cfg), cfg.SOLVER.MAX_ITER)
 
 
 def _clipping(options: CfgNode) -> Callable[[torch.optim.Optimizer, Any, Any], None]:

@@ -123,14 +123,6 @@ def expanded_file(cfg: CfgNode) -> Path:
     return Path(cfg.XLEARNER.SQUEEZE.TEACHER or os.path.join(cfg.OUTPUT_DIR, EXPANDED_FILE))
 
 
-def squeeze_config(cfg: CfgNode) -> CfgNode:
-    """The project's config with ``XLEARNER.SQUEEZE.SOLVER`` merged into ``SOLVER``."""
-    cfg = cfg.clone()
-    cfg.defrost()
-    cfg.SOLVER.merge_from_other_cfg(cfg.XLEARNER.SQUEEZE.SOLVER)
-    return cfg
-
-
 def make_plan(cfg: CfgNode, *, world_size: int) -> Plan:
     """Validate a config and its data.
 

@@ -2,11 +2,12 @@
 
 import importlib.util
 import os
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 
 import torch
 from detectron2.config import CfgNode
+from torch import nn
 
 from ..evaluation.build import check_evaluation
 from ..modeling.expanded import STAGES as RESNET_STAGES
@@ -14,9 +15,9 @@ from ..modeling.heads import COMPILED_HINT, has_compiled_operators
 from ..settings import AMP_PRECISIONS, SHARING, STAGES
 from ..specs import SourceSpec, one_of
 from .drawn import check_sampling
-from .optimizer import CLIP_TYPES, OPTIMIZERS
+from .optimizer import CLIP_TYPES, OPTIMIZERS, make_multiplier, make_optimizer
 from .scaling import check_timeouts
-from .squeeze_settings import check_squeeze
+from .squeeze_settings import check_squeeze, squeeze_config
 
 
 def check_settings(cfg: CfgNode, world_size: int) -> list[str]:
@@ -46,7 +47,8 @@ def check_settings(cfg: CfgNode, world_size: int) -> list[str]:
         problems.append(f"MODEL.RESNETS.DEFORM_ON_PER_STAGE needs {COMPILED_HINT}")
     problems += _check_solver(cfg.SOLVER, "SOLVER")
     problems += _check_solver(cfg.XLEARNER.SQUEEZE.SOLVER, "XLEARNER.SQUEEZE.SOLVER")
-    return problems + check_timeouts(cfg) + check_squeeze(cfg)
+    problems += check_timeouts(cfg) + check_squeeze(cfg)
+    return problems or _try_solvers(cfg)
 
 
 def _can_be_made(folder: Path) -> bool:
@@ -73,6 +75,25 @@ def _check_solver(solver: CfgNode, where: str) -> list[str]:
         expected = f"one of {', '.join(CLIP_TYPES)} is expected"
         problems.append(f"{where}.CLIP_GRADIENTS.CLIP_TYPE is {clip!r}, but {expected}.")
     return problems
+
+
+def _try_solvers(cfg: CfgNode) -> list[str]:
+    """What Detectron2 and torch refuse of the solver of a stage, tried on a layer: the squeeze starts hours later."""
+    stages: dict[str, Callable[[CfgNode], CfgNode]] = {
+        "SOLVER": CfgNode.clone,
+        "XLEARNER.SQUEEZE.SOLVER": squeeze_config,
+    }
+    for where, config in stages.items():
+        try:
+            own = config(cfg)
+            least, rate = own.SOLVER.BASE_LR_END, own.SOLVER.BASE_LR
+            if own.SOLVER.LR_SCHEDULER_NAME == "WarmupCosineLR" and not 0 <= least <= rate:
+                return [f"{where}.BASE_LR_END is {least}, but a rate from 0 to BASE_LR, {rate}, is expected."]
+            make_multiplier(own)
+            make_optimizer(own, nn.Linear(1, 1))
+        except (AssertionError, KeyError, TypeError, ValueError) as error:
+            return [f"{where} is refused by Detectron2 or PyTorch: {error.args[0] if error.args else repr(error)}."]
+    return []
 
 
 def check_head(source: SourceSpec, head: CfgNode, world_size: int) -> list[str]:

@@ -11,7 +11,8 @@ from typing import Any
 import detectron2
 from detectron2.data import MetadataCatalog
 
-from .plan import Plan, squeeze_config
+from .plan import Plan
+from .squeeze_settings import squeeze_config
 
 
 def describe_training(plan: Plan) -> dict[str, Any]:

@@ -161,7 +161,7 @@ def _report_student(plan: Plan, weights: Path, metrics: Mapping[str, Any]) -> di
         rows = [(name, found["student"], found["random"]) for name, found in probes.items()]
         table = tabulate(rows, headers=["downstream data", "student", "random weights"], floatfmt=".1f")
         logger.info(f"The student's linear-probe accuracy, in percent:\n{table}")
-    cfg = student_config(plan.cfg)
+    cfg = student_config(plan.cfg, plan.tasks)
     needed = ", ".join(f"{name} {value!r}" for name, value in settings_of_its_own(cfg).items())
     condition = f" and these settings, which are not Detectron2's own: {needed}" if needed else ""
     use = f"use {weights} as MODEL.WEIGHTS of any Detectron2 config with it{condition}"

@@ -9,7 +9,6 @@ from typing import Any
 import torch
 from detectron2.engine import HookBase, TrainerBase, hooks
 from detectron2.modeling import build_model
-from detectron2.solver import build_lr_scheduler
 from detectron2.utils import comm
 from detectron2.utils.env import seed_all_rng
 from fvcore.nn.precise_bn import update_bn_stats
@@ -30,10 +29,10 @@ from .branches import load_expanded, student_config
 from .evaluate import evaluate_sources
 from .failure import stop_at_failure
 from .norm_statistics import WorkerStatistics, share_norm_statistics
-from .optimizer import make_optimizer
-from .plan import STUDENT_FILE, Plan, expanded_file, squeeze_config
+from .optimizer import make_optimizer, make_schedule
+from .plan import STUDENT_FILE, Plan, expanded_file
 from .provenance import describe_training
-from .squeeze_settings import hint_factors, squeeze_batches
+from .squeeze_settings import hint_factors, squeeze_batches, squeeze_config
 from .steps import StepTrainer
 from .student import build_learner, build_student, freeze_idle, initialise_student
 from .trainer import StepSeed, build_loader, build_step_trainer, resume, stage_hooks, weigh
@@ -198,7 +197,7 @@ def build_squeeze_hook(
             results = evaluate_sources(learner, plan, plan.drawn[stage].sources, folder=folder / "inference_squeezed")
         if comm.is_main_process():
             write_atomically(json.dumps(results, indent=2) + "\n", folder / SOURCE_RESULTS)
-            export_student(student, student_config(plan.cfg), path, training=describe_training(plan))
+            export_student(student, student_config(plan.cfg, plan.tasks), path, training=describe_training(plan))
             logger.info(f"The student is in {path}.")
 
     dtype = autocast_dtype(cfg)
@@ -208,7 +207,7 @@ def build_squeeze_hook(
     trainer.on_non_finite = stop_at_failure(plan, "squeeze", {"expand": teacher, "squeeze": weighed})
     return SqueezeHook(
         trainer=trainer,
-        scheduler=build_lr_scheduler(cfg, optimizer),
+        scheduler=make_schedule(cfg, optimizer),
         recalibration=build_loader(plan, "squeeze", seed_offset=1),
         recalibration_batches=squeeze.BN_RECALIBRATION_BATCHES,
         finish=finish,

@@ -34,6 +34,9 @@ def check_squeeze(cfg: CfgNode) -> list[str]:
     problems = one_of("SQUEEZE.DISTANCE", squeeze.DISTANCE, DISTANCES)
     problems += one_of("SQUEEZE.NORMALISER", squeeze.NORMALISER, NORMALISERS)
     problems += _check_hints(squeeze)
+    if squeeze.ONLINE and cfg.XLEARNER.STAGE == "squeeze":
+        wish = "which is not run: set XLEARNER.STAGE to expand, or ONLINE to False"
+        problems.append(f"XLEARNER.SQUEEZE.ONLINE squeezes in the steps of the expansion, {wish}.")
     if squeeze.PROJECTOR_LAYERS < 1:
         problems.append(f"XLEARNER.SQUEEZE.PROJECTOR_LAYERS is {squeeze.PROJECTOR_LAYERS}, but at least 1 is expected.")
     if not 0 <= squeeze.HINT_WEIGHT < float("inf"):
@@ -56,6 +59,14 @@ def check_squeeze(cfg: CfgNode) -> list[str]:
     if squeeze.TEACHER and not Path(squeeze.TEACHER).is_file():
         problems.append(f"XLEARNER.SQUEEZE.TEACHER: there is no file {squeeze.TEACHER}.")
     return problems
+
+
+def squeeze_config(cfg: CfgNode) -> CfgNode:
+    """The project's config with ``XLEARNER.SQUEEZE.SOLVER`` merged into ``SOLVER``."""
+    cfg = cfg.clone()
+    cfg.defrost()
+    cfg.SOLVER.merge_from_other_cfg(cfg.XLEARNER.SQUEEZE.SOLVER)
+    return cfg
 
 
 def squeeze_batches(cfg: CfgNode) -> str:

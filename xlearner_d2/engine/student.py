@@ -25,7 +25,7 @@ def build_learner(plan: Plan, teacher: XLearner, stage: str, *, scope: str = "")
         stage: whose batches it will learn from.
         scope: prefix of what its heads log.
     """
-    cfg = student_config(plan.cfg)
+    cfg = student_config(plan.cfg, plan.tasks)
     cfg.XLEARNER.SHARING = "shared"
     learner = build_model(cfg)
     if learner.backbone.branch(TRUNK).stage_names != STAGES:  # as deep as the heads read
@@ -43,8 +43,7 @@ def build_learner(plan: Plan, teacher: XLearner, stage: str, *, scope: str = "")
 
 def build_student(plan: Plan) -> Branch:
     """A plain network with all stages, also those that no head here reads: others will start from it as a whole."""
-    dilation = max(task.res5_dilation for task in plan.tasks)
-    student = build_branch(student_config(plan.cfg), out_features=STAGES, res5_dilation=dilation)
+    student = build_branch(student_config(plan.cfg, plan.tasks), out_features=STAGES)
     if plan.cfg.XLEARNER.COMPILE:
         compile_stages(student, backend=plan.cfg.XLEARNER.COMPILE)
     return student

@@ -9,7 +9,6 @@ import torch
 from detectron2.config import CfgNode
 from detectron2.engine import HookBase, TrainerBase, hooks
 from detectron2.modeling import build_model
-from detectron2.solver import build_lr_scheduler
 from detectron2.utils import comm
 from detectron2.utils.env import seed_all_rng
 from detectron2.utils.events import EventWriter
@@ -30,7 +29,7 @@ from .evaluate import SourceResults, evaluate_sources
 from .failure import stop_at_failure
 from .growth import grow
 from .norm_statistics import WorkerStatistics, share_norm_statistics
-from .optimizer import make_optimizer
+from .optimizer import make_optimizer, make_schedule
 from .plan import EXPANDED_FILE, Plan
 from .steps import AMPStepTrainer, LossesByBranch, StepTrainer
 from .stopping import stopping_when_full
@@ -192,7 +191,7 @@ def expand(plan: Plan, *, resume_run: bool) -> XLearner:
     trainer.register_hooks(
         [
             StepSeed(max(cfg.SEED, 0)),  # first: everything after it may draw random numbers
-            hooks.LRScheduler(optimizer, build_lr_scheduler(cfg, optimizer)),
+            hooks.LRScheduler(optimizer, make_schedule(cfg, optimizer)),
             *squeezing,  # learns from the branches as this step left them
             hooks.IterationTimer(),  # times the squeeze as well
             hooks.EvalHook(cfg.TEST.EVAL_PERIOD, evaluate, eval_after_train=False),

@@ -122,11 +122,15 @@ def _is_two_stage(head: CfgNode) -> bool:
     return head.MODEL.META_ARCHITECTURE in ("GeneralizedRCNN", "PanopticFPN")
 
 
-def build_branch(cfg: CfgNode, *, out_features: Sequence[str], res5_dilation: int = 1) -> Branch:
-    """The network that ``cfg.MODEL`` describes, with every stage up to the deepest one asked for."""
+def build_branch(cfg: CfgNode, *, out_features: Sequence[str], res5_dilation: int = 0) -> Branch:
+    """The network that ``cfg.MODEL`` describes, with every stage up to the deepest one asked for.
+
+    Args:
+        res5_dilation: instead of ``MODEL.RESNETS.RES5_DILATION``; 0 for that.
+    """
     cfg = cfg.clone()
     cfg.defrost()
-    cfg.MODEL.RESNETS.RES5_DILATION = res5_dilation
+    cfg.MODEL.RESNETS.RES5_DILATION = res5_dilation or cfg.MODEL.RESNETS.RES5_DILATION
     deepest = max(out_features)
     cfg.MODEL.RESNETS.OUT_FEATURES = [stage for stage in STAGES if stage <= deepest]
     build = build_timm_backbone if timm_model(cfg) else build_resnet_backbone
