@@ -5,6 +5,7 @@ import json
 import pytest
 import torch
 from conftest import Project
+from disk_data import NAMES
 from test_processes import finish, start
 
 from xlearner_d2.checkpoint.load import read_checkpoint
@@ -135,6 +136,18 @@ def test_what_does_not_fit_is_refused(larger, options, message):
     with pytest.raises(ConfigError, match=message):
         larger.dry_run(*options)
     assert not (larger.root / "out").exists()
+
+
+def test_classes_are_those_of_the_file_by_name(larger, small):
+    """As many, in another order: the head of the file would name each of them wrongly."""
+    assert read_checkpoint(small.expanded)["xlearner"]["class_names"]["pics"] == {"classes": list(NAMES)}
+    for record in larger.content["XLEARNER"]["DATASETS"].values():
+        if record["FORMAT"] == "image_folder":
+            record["CLASSES"] = list(NAMES[::-1])
+    larger.write(larger.content)
+    there = r"SOURCES\.pics has other classes than XLEARNER\.EXTEND .*expanded\.pth"
+    with pytest.raises(ConfigError, match=f"{there}: class 0 is 'cat' in the file and 'eel' in the data"):
+        larger.dry_run()
 
 
 def test_a_source_of_the_file_is_kept_or_dropped_by_name(larger):

@@ -59,14 +59,17 @@ def save_expanded(
     path: str | Path,
     *,
     classes: Mapping[str, Sequence[Any]] | None = None,
+    class_names: Mapping[str, Mapping[str, Sequence[str]]] | None = None,
 ) -> None:
     """Save the expanded model with what is needed to build it again without its sources' data.
 
     Args:
         classes: by source, settings of its head that hold numbers of classes, as keys and values.
+        class_names: by source and kind of class, the names in order of their index.
     """
     description: dict[str, Any] = {"config": cfg.dump(), "tasks": [_plain_task(task) for task in tasks]}
     description["classes"] = {source: list(counts) for source, counts in (classes or {}).items()}
+    description["class_names"] = {source: dict(names) for source, names in (class_names or {}).items()}
     state = {name: value.detach().cpu() for name, value in model.state_dict().items()}
     save_atomically({"model": state, "xlearner": description}, path)
 

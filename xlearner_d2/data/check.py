@@ -96,20 +96,23 @@ def check_same_classes(names: Sequence[str]) -> list[str]:
             expected = MetadataCatalog.get(first).get(key, None)
             got = MetadataCatalog.get(other).get(key, None)
             if expected != got:
-                text = _difference(expected, got)
+                text = class_difference(expected, got)
                 problems.append(f"data sets {first!r} and {other!r} should have the same {key}, but {text}.")
     return problems
 
 
-def _difference(expected: Sequence[str] | None, got: Sequence[str] | None) -> str:
-    """In words: how the class lists of a first and a second data set differ."""
+def class_difference(
+    expected: Sequence[str] | None, got: Sequence[str] | None, owners: tuple[str, str] = ("first", "second")
+) -> str:
+    """In words: how the class lists that one and another have differ."""
+    one, other = owners
     if expected is None or got is None:
-        return f"only the {'second' if expected is None else 'first'} has any"
-    counts = f"the first has {len(expected)} and the second {len(got)}"
+        return f"only the {other if expected is None else one} has any"
+    counts = f"the {one} has {len(expected)} and the {other} {len(got)}"
     for index, (a, b) in enumerate(zip(expected, got, strict=False)):
         if a != b:
-            return f"class {index} is {a!r} in the first and {b!r} in the second ({counts})"
-    longer, extra = ("first", expected[len(got) :]) if len(expected) > len(got) else ("second", got[len(expected) :])
+            return f"class {index} is {a!r} in the {one} and {b!r} in the {other} ({counts})"
+    longer, extra = (one, expected[len(got) :]) if len(expected) > len(got) else (other, got[len(expected) :])
     return f"{counts}; only the {longer} has {', '.join(map(repr, extra[:5]))}{', …' if len(extra) > 5 else ''}"
 
 

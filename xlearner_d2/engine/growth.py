@@ -15,8 +15,9 @@ from ..checkpoint.stored import PIXEL_KEYS, differing_settings, stored_config
 from ..modeling import XLearner
 from ..modeling.branches import ARCHITECTURE_KEYS, BranchSpec, branch_config, network_name
 from ..modeling.expanded import STAGES, TRUNK
-from ..specs import ConfigError, TaskSpec, nearest
+from ..specs import ConfigError, SourceSpec, TaskSpec, nearest
 from .branches import start_of
+from .class_names import ClassNames, check_class_names, stored_class_names
 
 
 @dataclass(frozen=True)
@@ -28,6 +29,7 @@ class Growth:
         tasks: its branches.
         task_of: the task of each of its sources.
         classes: by source, settings of its head that hold the numbers of classes, as keys and values.
+        class_names: of its sources; empty for files of before these were kept.
         frozen: its sources whose task is in ``XLEARNER.FREEZE``; they are not trained.
     """
 
@@ -35,6 +37,7 @@ class Growth:
     tasks: tuple[TaskSpec, ...]
     task_of: Mapping[str, str]
     classes: Mapping[str, Sequence[Any]]
+    class_names: ClassNames
     frozen: frozenset[str]
 
 
@@ -71,7 +74,14 @@ def read_growth(cfg: CfgNode) -> Growth | None:
     if problems:
         raise ConfigError(problems)
     frozen = frozenset(source for source, task in task_of.items() if task in freeze)
-    return Growth(path, tasks, task_of, description.get("classes", {}), frozen & _given(cfg))
+    return Growth(
+        path=path,
+        tasks=tasks,
+        task_of=task_of,
+        classes=description.get("classes", {}),
+        class_names=stored_class_names(checkpoint),
+        frozen=frozen & _given(cfg),
+    )
 
 
 def _task(record: Mapping[str, Any]) -> TaskSpec:
@@ -156,12 +166,14 @@ def with_stored_classes(cfg: CfgNode, growth: Growth | None) -> CfgNode:
     return cfg
 
 
-def check_tasks(cfg: CfgNode, growth: Growth | None, tasks: Sequence[TaskSpec]) -> list[str]:
-    """Problems of the new tasks with those of the file."""
+def check_growth(
+    cfg: CfgNode, growth: Growth | None, sources: Sequence[SourceSpec], tasks: Sequence[TaskSpec]
+) -> list[str]:
+    """Problems of the sources, whose data has been loaded, and of the new tasks with those of the file."""
     if growth is None:
         return []
     old = {task.name: task for task in growth.tasks}
-    problems = []
+    problems = check_class_names(sources, growth.class_names, f"XLEARNER.EXTEND {growth.path}")
     for task in tasks:
         if task.name not in old:
             continue

@@ -17,8 +17,9 @@ from ..modeling.branches import BranchSpec
 from ..modeling.heads import derive_tasks, head_config
 from ..specs import ConfigError, ProbeSpec, SourceSpec, TaskSpec, parse_records, parse_sources
 from .branches import check_branches, check_networks
+from .class_names import check_class_names, stored_class_names
 from .drawn import Drawn, balance, check_weighting
-from .growth import Growth, check_tasks, read_growth, with_stored_classes
+from .growth import Growth, check_growth, read_growth, with_stored_classes
 from .plan_checks import check_head, check_settings, check_tests, check_training
 from .resumed import check_unchanged
 from .scaling import check_norm, scale_to_workers
@@ -115,7 +116,9 @@ def check_expanded(plan: Plan) -> None:
     if not path.is_file():
         do = "run XLEARNER.STAGE expand first, or set XLEARNER.SQUEEZE.TEACHER to an expanded checkpoint"
         raise ConfigError([f"There is no expanded model {path}: {do}."], what="The output")
-    check_convention(plan.cfg, read_checkpoint(path), path)
+    checkpoint = read_checkpoint(path)
+    check_convention(plan.cfg, checkpoint, path)
+    _stop_at(check_class_names(plan.sources, stored_class_names(checkpoint), f"the expanded model {path}"))
 
 
 def expanded_file(cfg: CfgNode) -> Path:
@@ -237,7 +240,7 @@ def _derive_tasks(asked: _Settings, heads: Mapping[str, CfgNode], drawn: Collect
     """
     tasks = derive_tasks(asked.sources, heads)
     trained = [] if asked.growth is None else [task.name for task in asked.growth.tasks]
-    problems = check_tasks(asked.cfg, asked.growth, tasks)
+    problems = check_growth(asked.cfg, asked.growth, asked.sources, tasks)
     problems += check_task_weights(asked.cfg, tasks, drawn)
     factors = hint_factors(asked.cfg, [task.name for task in tasks], drawn)
     hinting = [task for task, factor in factors.items() if factor * asked.cfg.XLEARNER.SQUEEZE.HINT_WEIGHT]

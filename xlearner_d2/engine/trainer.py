@@ -25,6 +25,7 @@ from ..modeling.weighting import weigh_losses, weights_of
 from ..modeling.xlearner import autocast_dtype
 from .branches import initialise_branches, load_expanded
 from .checkpoints import Checkpoints
+from .class_names import class_names
 from .evaluate import SourceResults, evaluate_sources
 from .failure import stop_at_failure
 from .growth import grow
@@ -213,7 +214,9 @@ def expand(plan: Plan, *, resume_run: bool) -> XLearner:
     share_norm_statistics(model)
     if comm.is_main_process():
         classes = {source: class_counts(head) for source, head in plan.heads.items()}
-        save_expanded(model, cfg, plan.tasks, path, classes=classes)
+        names = {**({} if plan.growth is None else plan.growth.class_names), **class_names(plan.sources)}
+        names = {source: names[source] for source in classes if source in names}
+        save_expanded(model, cfg, plan.tasks, path, classes=classes, class_names=names)
         logger.info(f"The expanded model is in {path}.")
     wait_for_all()
     return model
