@@ -85,11 +85,18 @@ def test_its_trainer_has_mixed_precision_on_gpus_alone(device: str, amp: bool) -
     assert cfg.train.amp.enabled is amp
 
 
+def test_its_trainer_has_the_seed_of_the_settings() -> None:
+    """Detectron2's ``default_setup`` looks for it there, and takes the clock where it finds none."""
+    cfg = LazyConfig.apply_overrides(LazyConfig.load(str(FILE)), ["settings.SEED=7"])
+    assert cfg.train.seed == 7
+
+
 def test_what_the_lazy_trainer_would_leave_out_is_refused(
     openmoji: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("DETECTRON2_DATASETS", str(openmoji))
     overrides = ["XLEARNER.STEPS=alternating", "XLEARNER.WEIGHTING.METHOD=dwa", "XLEARNER.EXTEND=old.pth"]
+    overrides += ["XLEARNER.AMP_PRECISION=bfloat16"]
     cfg = LazyConfig.apply_overrides(lazily(tmp_path), [f"settings.{text}" for text in overrides])
     with pytest.raises(ConfigError) as caught:
         instantiate(cfg.model)
@@ -97,6 +104,7 @@ def test_what_the_lazy_trainer_would_leave_out_is_refused(
     assert caught.value.problems == [
         "XLEARNER.EXTEND " + said.format("old.pth", ""),
         "XLEARNER.STEPS " + said.format("alternating", "joint"),
+        "XLEARNER.AMP_PRECISION " + said.format("bfloat16", "float16"),
         "XLEARNER.WEIGHTING.METHOD " + said.format("dwa", "fixed"),
     ]
 

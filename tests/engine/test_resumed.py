@@ -36,12 +36,14 @@ def test_changes_are_told_once(project: Project, caplog: pytest.LogCaptureFixtur
 def test_what_checkpoints_are_made_of_stays(project: Project, dry: bool) -> None:
     """The config that is kept is still that of the run."""
     kept = Path(project.root / "out/config.yaml").read_text()
+    changes = ["MODEL.RESNETS.DEPTH", 101, "XLEARNER.SHARING", "bidirectional", "XLEARNER.WEIGHTING.METHOD", "dwa"]
     with pytest.raises(ConfigError) as caught:
-        project.run("MODEL.RESNETS.DEPTH", 101, "XLEARNER.SHARING", "bidirectional", resume=True, dry_run=dry)
+        project.run(*changes, resume=True, dry_run=dry)
     wish = f"but the run in {project.root}/out has {{!r}}. Set it so, or another OUTPUT_DIR."
     assert caught.value.problems == [
         f"MODEL.RESNETS.DEPTH is 101, {wish.format(50)}",
         f"XLEARNER.SHARING is 'bidirectional', {wish.format('detached')}",
+        f"XLEARNER.WEIGHTING.METHOD is 'dwa', {wish.format('fixed')}",
     ]
     assert Path(project.root / "out/config.yaml").read_text() == kept
 

@@ -103,12 +103,16 @@ def test_bidirectional_gradients_are_those_of_the_running_statistics_that_were_u
     torch.testing.assert_close(found[0], found[1], rtol=1e-5, atol=1e-8)
 
 
-def test_first_step_already_reaches_the_last_scale(make_model, make_batches):
-    model = make_model()
+@pytest.mark.parametrize("norm", ["BN", ""])
+def test_first_step_already_reaches_the_last_scale(make_model, make_batches, norm):
+    """Without a norm layer, the last convolution itself."""
+    model = make_model("MODEL.RESNETS.NORM", norm)
     total_loss(model, make_batches()).backward()
     for layer in model.backbone.modules():
         if isinstance(layer, ReconciliationLayer):
-            assert layer[-1].norm.weight.grad.any()
+            scale = (layer[-1].norm or layer[-1]).weight
+            assert not scale.any()
+            assert scale.grad.any()
 
 
 @pytest.mark.parametrize("halvings", [0, 1, 2])

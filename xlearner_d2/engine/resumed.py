@@ -12,7 +12,10 @@ from ..checkpoint.files import write_atomically
 #: The config that a run was started with, or resumed the last time; in OUTPUT_DIR.
 CONFIG_FILE = "config.yaml"
 #: What the checkpoints of a stage are made of: with other values they fit no more, or go on as something else.
-_FIXED = ("MODEL.RESNETS.", "MODEL.BACKBONE.", "XLEARNER.SHARING", "XLEARNER.RECONCILIATION.", "SOLVER.OPTIMIZER")
+_FIXED = (
+    *("MODEL.RESNETS.", "MODEL.BACKBONE.", "XLEARNER.SHARING", "XLEARNER.RECONCILIATION.", "SOLVER.OPTIMIZER"),
+    *("XLEARNER.FREEZE", "XLEARNER.WEIGHTING.METHOD"),  # which parameters there are to learn
+)
 
 
 def keep_config(cfg: CfgNode) -> None:

@@ -24,7 +24,7 @@ class ReconciliationLayer(nn.Sequential):
     Args:
         in_shape: channels and stride of the auxiliary stage.
         out_shape: channels and stride of the receiving stage; its stride is ``in_shape.stride * 2**n``.
-        norm: a Detectron2 norm name with trainable scale, such as "BN", "SyncBN" or "GN".
+        norm: a Detectron2 norm name with trainable scale, such as "BN", "SyncBN" or "GN"; "" for none.
     """
 
     def __init__(self, *, in_shape: ShapeSpec, out_shape: ShapeSpec, norm: str = "BN"):
@@ -47,7 +47,7 @@ class ReconciliationLayer(nn.Sequential):
             )
             weight_init.c2_msra_fill(layer)
             self.append(layer)
-        nn.init.zeros_(layer.norm.weight)
+        nn.init.zeros_((layer.norm or layer).weight)
 
 
 class Reconciliation(nn.Module):
