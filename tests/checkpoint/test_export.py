@@ -150,7 +150,8 @@ def test_student_starts_another_run(exported: Exported) -> None:
 
 def test_student_of_another_depth_is_refused(exported: Exported) -> None:
     _, path = exported(18)
-    with pytest.raises(ConfigError, match=r"student_18\.pth does not fit MODEL\.RESNETS"):
+    wanted = r"student_18\.pth, which says that it is of a ResNet-18, does not fit MODEL\.RESNETS"
+    with pytest.raises(ConfigError, match=wanted):
         load_resnet(build_branch(student_cfg(34), out_features=STAGES), path)
 
 

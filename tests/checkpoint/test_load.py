@@ -186,6 +186,13 @@ def test_file_without_a_resnet(tmp_path: Path, state: dict[str, Tensor]) -> None
         load_resnet(small_resnet(), write_torch(tmp_path / "other.pth", state))
 
 
+def test_an_expanded_model_is_no_resnet_but_has_some(tmp_path: Path) -> None:
+    names = {f"backbone.branches.{task}.{name}": v for task in "ab" for name, v in small_resnet().state_dict().items()}
+    data = {"model": names, "xlearner": {"tasks": [{"name": "a"}, {"name": "b"}]}}
+    with pytest.raises(ConfigError, match=r"name a branch of it, .*expanded\.pth:TASK, of the tasks a, b\."):
+        load_resnet(small_resnet(), write_torch(tmp_path / "expanded.pth", data))
+
+
 def test_strict_loading_names_every_difference() -> None:
     module = nn.Linear(2, 3)
     with pytest.raises(ConfigError, match=r"The checkpoint x\.pth does not fit the model; it has 3 problems") as caught:

@@ -201,12 +201,16 @@ def load_resnet(resnet: nn.Module, path: str | Path, *, pixels: PixelConvention 
 
 def _match(resnet: nn.Module, path: str | Path) -> tuple[BackboneFile, State, LoadReport]:
     """The file's weights by the network's names and in its shapes."""
-    file = backbone_file(read_checkpoint(path), resnet)
+    checkpoint = read_checkpoint(path)
+    file = backbone_file(checkpoint, resnet)
+    description = checkpoint.get("xlearner", {})
     if not file.state:
         wanted = "ResNet under names of Detectron2, torchvision or Caffe2"
         if isinstance(resnet, OfTimm):
             wanted = f"{resnet.timm_name} under names of timm"
-        raise ConfigError([f"The checkpoint {path} holds no {wanted}."])
+        tasks = ", ".join(task["name"] for task in description.get("tasks", ()))
+        hint = f" It is an expanded model: name a branch of it, {path}:TASK, of the tasks {tasks}." if tasks else ""
+        raise ConfigError([f"The checkpoint {path} holds no {wanted}.{hint}"])
     own = resnet.state_dict()
     state = {name: _in_shape(value, own.get(name)) for name, value in file.state.items()}
     statistics = ("running_mean", "running_var", "num_batches_tracked")
@@ -215,7 +219,10 @@ def _match(resnet: nn.Module, path: str | Path) -> tuple[BackboneFile, State, Lo
     problems += _shape_problems(own, state)
     if problems:
         setting = "MODEL.BACKBONE.TIMM" if isinstance(resnet, OfTimm) else "MODEL.RESNETS"
-        raise ConfigError(problems[:10], what=f"The checkpoint {path} does not fit {setting}; it")
+        depth = description.get("resnets", {}).get("DEPTH")
+        network = description.get("timm") or (f"ResNet-{depth}" if depth else "")
+        holds = f", which says that it is of a {network}," if network else ""
+        raise ConfigError(problems[:10], what=f"The checkpoint {path}{holds} does not fit {setting}; it")
     matched = {name: state[name] for name in own if name in state}
     report = LoadReport(
         matched=tuple(matched),

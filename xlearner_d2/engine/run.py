@@ -43,12 +43,11 @@ def validate(cfg: CfgNode, args: argparse.Namespace, *, world_size: int) -> tupl
         ConfigError: when the config, the data, a head or the output folder is not as needed.
     """
     plan = make_plan(cfg, world_size=world_size)
-    description = explain(plan)
     if args.eval_only:
         check_expanded(plan)
     elif not args.dry_run or args.resume or plan.stages == ("squeeze",):
         check_output(plan, resume=args.resume)
-    return plan, description
+    return plan, explain(plan)  # last: it tries steps, which takes longest
 
 
 def run(cfg: CfgNode, args: argparse.Namespace) -> dict[str, Any]:

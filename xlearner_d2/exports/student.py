@@ -69,7 +69,7 @@ def load_student(path: str | Path) -> Student:
     description = content.get("xlearner", {})
     if not {"resnets", "input"} <= set(description):
         what = "a student, such as student_d2.pth of a finished run, is expected"
-        raise ConfigError([f"{path} does not say what network it holds: {what}."], what="The weights")
+        raise ConfigError([f"{path} does not say what network it holds: {what}."], what="The file of weights")
     cfg = _config(description)
     network = build_branch(cfg, out_features=STAGES)
     load_resnet(network, path)
