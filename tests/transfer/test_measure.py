@@ -325,12 +325,17 @@ def test_errors_of_the_command(
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize("option", ["--seeds", "--jobs"])
-@pytest.mark.parametrize("value", ["0", "-1", "two"])
-def test_counts_are_positive(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], option: str, value: str
+@pytest.mark.parametrize(
+    ("option", "kind", "value"),
+    [
+        *((option, "positive", value) for option in ("--seeds", "--jobs") for value in ("0", "-1", "two")),
+        *(("--first-seed", "seed", value) for value in ("-1", "two")),
+    ],
+)
+def test_counts_are_positive_and_seeds_not_below_zero(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], option: str, kind: str, value: str
 ) -> None:
     with pytest.raises(SystemExit) as caught:
         command(monkeypatch, "--suite", "x.yaml", option, value)
     assert caught.value.code == 2
-    assert f"argument {option}: invalid positive value: '{value}'" in capsys.readouterr().err
+    assert f"argument {option}: invalid {kind} value: '{value}'" in capsys.readouterr().err

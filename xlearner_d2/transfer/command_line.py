@@ -12,6 +12,14 @@ def positive(text: str) -> int:
     return number
 
 
+def seed(text: str) -> int:
+    """A whole number from 0."""
+    number = int(text)
+    if number < 0:
+        raise ValueError
+    return number
+
+
 def base_parser(description: str, *, jobs: str) -> argparse.ArgumentParser:
     """A parser with the options that all commands have.
 
@@ -20,7 +28,7 @@ def base_parser(description: str, *, jobs: str) -> argparse.ArgumentParser:
     """
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=positive, default=3, help="run the seeds 0 … SEEDS-1 (default: %(default)s)")
-    parser.add_argument("--first-seed", type=int, default=0, help="begin with another seed (default: %(default)s)")
+    parser.add_argument("--first-seed", type=seed, default=0, help="begin with another seed (default: %(default)s)")
     parser.add_argument("--jobs", type=positive, default=1, help=f"{jobs} at a time (default: %(default)s)")
     return parser
 
