@@ -174,6 +174,15 @@ def test_an_expanded_model_is_used_as_it_was_trained(finished, key):
     assert not other.exists()
 
 
+def test_an_expanded_model_of_other_tasks_is_no_teacher(finished):
+    """Told before the expansion, after which it would be loaded."""
+    opts = ["XLEARNER.SQUEEZE.TEACHER", finished.root / "out/expanded.pth", "OUTPUT_DIR", finished.root / "other"]
+    lack = r"sources, are classification \(pics\), segmentation \(areas\), but the expanded model .* has classification"
+    with pytest.raises(ConfigError, match=lack):
+        finished.run(*opts, "XLEARNER.SOURCES.boxes", "null")
+    assert not (finished.root / "other").exists()
+
+
 def test_an_expanded_model_of_another_convention_is_a_start_with_a_warning(finished, project):
     """As a ResNet of another convention is, from which one goes on learning."""
     start = ["MODEL.WEIGHTS", finished.root / "out/expanded.pth", "MODEL.RESNETS.STRIDE_IN_1X1", False]

@@ -121,6 +121,19 @@ def test_each_branch_learns_from_its_scaled_loss_outside_of_mixed_precision() ->
 
 
 @pytest.mark.filterwarnings("ignore:.*GradScaler")
+def test_a_run_without_mixed_precision_goes_on_with_it() -> None:
+    model = ApartLosses()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    before = {"iteration": 3, **StepTrainer(LossesByBranch(model), [], optimizer).state_dict()}
+    made = AMPStepTrainer(LossesByBranch(model), [], optimizer)
+    made.grad_scaler = torch.amp.GradScaler("cpu", init_scale=8.0)
+    made.load_state_dict(before)
+    assert made.grad_scaler.get_scale() == 8.0
+    made.load_state_dict({**before, "grad_scaler": {**made.grad_scaler.state_dict(), "scale": 4.0}})
+    assert made.grad_scaler.get_scale() == 4.0
+
+
+@pytest.mark.filterwarnings("ignore:.*GradScaler")
 @pytest.mark.parametrize("precision", ["float16", "bfloat16"])
 def test_a_gpu_computes_in_the_precision_that_is_set(monkeypatch: pytest.MonkeyPatch, precision: str) -> None:
     """One that is not there: as a step of it, Detectron2 calls autocast, and nothing else."""

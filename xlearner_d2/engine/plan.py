@@ -5,6 +5,7 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from detectron2.config import CfgNode
 
@@ -118,7 +119,21 @@ def check_expanded(plan: Plan) -> None:
         raise ConfigError([f"There is no expanded model {path}: {do}."], what="The output")
     checkpoint = read_checkpoint(path)
     check_convention(plan.cfg, checkpoint, path)
-    _stop_at(check_class_names(plan.sources, stored_class_names(checkpoint), f"the expanded model {path}"))
+    what = f"the expanded model {path}"
+    _stop_at(
+        _other_tasks(plan, checkpoint, what) or check_class_names(plan.sources, stored_class_names(checkpoint), what)
+    )
+
+
+def _other_tasks(plan: Plan, checkpoint: Mapping[str, Any], what: str) -> list[str]:
+    """Found now, as a teacher from elsewhere is loaded after hours of expansion."""
+    stored = checkpoint.get("xlearner", {}).get("tasks", ())
+    here = {task.name: sorted(task.sources) for task in plan.tasks}
+    there = {task["name"]: sorted(task["sources"]) for task in stored} or here
+    own, other = (
+        ", ".join(f"{name} ({', '.join(sources)})" for name, sources in sorted(of.items())) for of in (here, there)
+    )
+    return [f"The tasks, and their sources, are {own}, but {what} has {other}."] if here != there else []
 
 
 def expanded_file(cfg: CfgNode) -> Path:

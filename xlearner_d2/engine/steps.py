@@ -245,6 +245,10 @@ class AMPStepTrainer(StepTrainer, AMPTrainer):
         with torch.autocast(loss.device.type, enabled=False):  # Detectron2 calls the model, but not this, with it
             self.grad_scaler.scale(loss).backward()
 
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """As Detectron2's; a run that was without mixed precision so far, as on a CPU, has no scaler to go on with."""
+        super().load_state_dict({"grad_scaler": self.grad_scaler.state_dict(), **state_dict})
+
 
 def running_statistics(model: nn.Module) -> dict[str, Tensor]:
     """Buffers of one number, or of one per channel, by name: what a training step changes besides parameters."""
