@@ -78,15 +78,15 @@ def test_quick_real(photographs, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("name", "found"),
+    ("name", "subject", "found"),
     [
-        ("study", "squeezed: xlearner/student_d2.pth"),
-        ("few_study", "single/areas: single_areas/expanded.pth:segmentation"),
-        ("ablation", "separate_teacher: separate_teacher/student_d2.pth"),
+        ("study", "squeezed", "squeezed: xlearner/student_d2.pth"),
+        ("few_study", "squeezed", "single/areas: single_areas/expanded.pth:segmentation"),
+        ("ablation", "default", "separate_teacher: separate_teacher/student_d2.pth"),
     ],
 )
-def test_studies_openmoji(openmoji, tmp_path, name, found):
-    study = ["--study", f"configs/transfer/openmoji12_{name}.yaml", "--output", tmp_path / "out"]
+def test_studies_openmoji(openmoji, tmp_path, name, subject, found):
+    study = ["--study", f"configs/transfer/openmoji12_{name}.yaml", "--subject", subject, "--output", tmp_path / "out"]
     done = dry_run("tools/study.py", *study, data=openmoji)
     assert done.returncode == 0, done.stderr
     assert found in done.stdout

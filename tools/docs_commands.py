@@ -107,7 +107,7 @@ RULES = (
     Rule(pattern=r"configs/(quick/real|lazy/real|transfer/real12)", how="check", why=PHOTOGRAPHS),
     Rule(pattern=r"configs/transfer/paper12", how="check", why=PHOTOGRAPHS),
     Rule(pattern=r"XLEARNER\.SQUEEZE\.TEACHER output/expanded\.pth", how="check", why=LONG),
-    Rule(pattern=r"openmoji12_few_pretrain\.yaml (SOLVER|XLEARNER\.STAGE squeeze)", how="check", why=LONG),
+    Rule(pattern=r"openmoji12_(few_)?pretrain\.yaml (SOLVER|XLEARNER\.STAGE squeeze)", how="check", why=LONG),
     Rule(pattern=r"output/lazy/model_final\.pth", how="check", why="needs a run that tests/test_lazy.py makes"),
     Rule(pattern=r"NAME=PATH|FOLDER", how="check", why="has placeholders"),
     # Checks of its own.
