@@ -57,6 +57,8 @@ TABLES: dict[tuple[str, str], tuple[str, str, Mapping[str, str]]] = {
             "labels alone": "labels_alone",
             "hints compared by ½ cosine": "distance_cosine_smooth_l1",
             "hints of features as they are": "normaliser_none",
+            "hints of features standardised by PHI-S": "normaliser_phi_s",
+            "hints of features of length 1": "normaliser_l2",
             "online": "online",
             "hints alone": "hints_alone",
             "hints for a task's own images alone": "own_images",
