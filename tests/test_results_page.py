@@ -59,6 +59,7 @@ TABLES: dict[tuple[str, str], tuple[str, str, Mapping[str, str]]] = {
             "hints of features as they are": "normaliser_none",
             "hints of features standardised by PHI-S": "normaliser_phi_s",
             "hints of features of length 1": "normaliser_l2",
+            "projectors of two layers": "projector_2_layers",
             "online": "online",
             "hints alone": "hints_alone",
             "hints for a task's own images alone": "own_images",

@@ -273,7 +273,7 @@ def test_dry_run_tells_the_plan_and_writes_nothing(project):
         r"about (\S+) GB to expand, (\S+) GB to squeeze a worker, (\S+) GB of it taken already; libraries", plan
     )
     expand, squeeze, taken = map(float, numbers.groups())
-    assert 0.3 < taken < min(expand, squeeze)  # PyTorch alone takes as much
+    assert 0.3 < taken <= min(expand, squeeze)  # PyTorch alone takes as much, and this model less than a digit shows
     assert not (project.root / "out").exists()
 
 
