@@ -189,7 +189,9 @@ def test_file_without_a_resnet(tmp_path: Path, state: dict[str, Tensor]) -> None
 def test_an_expanded_model_is_no_resnet_but_has_some(tmp_path: Path) -> None:
     names = {f"backbone.branches.{task}.{name}": v for task in "ab" for name, v in small_resnet().state_dict().items()}
     data = {"model": names, "xlearner": {"tasks": [{"name": "a"}, {"name": "b"}]}}
-    with pytest.raises(ConfigError, match=r"name a branch of it, .*expanded\.pth:TASK, of the tasks a, b\."):
+    with pytest.raises(
+        ConfigError, match=r"expanded\.pth holds no .* an expanded model of the tasks a, b; .* FILE:TASK"
+    ):
         load_resnet(small_resnet(), write_torch(tmp_path / "expanded.pth", data))
 
 

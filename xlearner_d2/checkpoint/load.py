@@ -209,8 +209,8 @@ def _match(resnet: nn.Module, path: str | Path) -> tuple[BackboneFile, State, Lo
         if isinstance(resnet, OfTimm):
             wanted = f"{resnet.timm_name} under names of timm"
         tasks = ", ".join(task["name"] for task in description.get("tasks", ()))
-        hint = f" It is an expanded model: name a branch of it, {path}:TASK, of the tasks {tasks}." if tasks else ""
-        raise ConfigError([f"The checkpoint {path} holds no {wanted}.{hint}"])
+        hint = f" It is an expanded model of the tasks {tasks}; transfer studies take its branches as FILE:TASK."
+        raise ConfigError([f"The checkpoint {path} holds no {wanted}.{hint if tasks else ''}"])
     own = resnet.state_dict()
     state = {name: _in_shape(value, own.get(name)) for name, value in file.state.items()}
     statistics = ("running_mean", "running_var", "num_batches_tracked")
