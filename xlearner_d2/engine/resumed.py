@@ -13,8 +13,13 @@ from ..checkpoint.files import write_atomically
 CONFIG_FILE = "config.yaml"
 #: What the checkpoints of a stage are made of: with other values they fit no more, or go on as something else.
 _FIXED = (
-    *("MODEL.RESNETS.", "MODEL.BACKBONE.", "XLEARNER.SHARING", "XLEARNER.RECONCILIATION.", "SOLVER.OPTIMIZER"),
-    *("XLEARNER.FREEZE", "XLEARNER.WEIGHTING.METHOD"),  # which parameters there are to learn
+    "MODEL.RESNETS.",
+    "MODEL.BACKBONE.",
+    "XLEARNER.SHARING",
+    "XLEARNER.RECONCILIATION.",
+    "XLEARNER.FREEZE",
+    "XLEARNER.WEIGHTING.METHOD",
+    "SOLVER.OPTIMIZER",
 )
 
 

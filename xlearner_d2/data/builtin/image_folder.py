@@ -31,7 +31,7 @@ def register(spec: DatasetSpec, root: Path) -> None:
     if not found:
         raise fail(spec, f"IMAGES: {folder} holds no folder, but one folder per class is expected.")
     given = read_classes(spec, root)
-    if not given and found and set(found) <= _SPLITS:
+    if not given and set(found) <= _SPLITS:
         text = f"IMAGES: {folder} holds {', '.join(found)}, but one folder per class is expected, not per split."
         raise fail(spec, f"{text} Name one of them; or, if they are classes, list them in CLASSES.")
     problems = Problems(subject(spec))
