@@ -413,9 +413,11 @@ def test_a_killed_study_is_completed(files: StudyFiles, monkeypatch: pytest.Monk
     assert when_written(out) == before
 
 
-def test_a_study_that_fails_says_so(files: StudyFiles, monkeypatch: pytest.MonkeyPatch, started: list[str]) -> None:
+def test_a_study_that_fails_says_so_and_measures_what_is_there(
+    files: StudyFiles, monkeypatch: pytest.MonkeyPatch, started: list[str]
+) -> None:
     files.parts["RUNS"] = {"bad": None, "good": None}
-    files.parts["BACKBONES"] = {"random": "random"}
+    files.parts["BACKBONES"] = {"random": "random", "lost": "bad/expanded.pth:labels"}
     files.write_study()
     with pytest.raises(SystemExit) as caught:
         command(
@@ -423,6 +425,7 @@ def test_a_study_that_fails_says_so(files: StudyFiles, monkeypatch: pytest.Monke
         )
     assert caught.value.code == "error: The pre-training has 1 problem:\n  1. bad, seed 0 failed."
     assert started == ["seed0/bad", "seed0/good"]
+    assert [(record.backbone, record.seed) for record in read_records(files.root / "out")] == [("random", 0)]
 
 
 @pytest.mark.parametrize(

@@ -28,7 +28,7 @@ def make_parser() -> argparse.ArgumentParser:
 
 
 def run(args: argparse.Namespace) -> None:
-    """Seed by seed, so that a study that is stopped has whole seeds."""
+    """Seed by seed, so that a study that is stopped has whole seeds; where runs fail, what others left is measured."""
     log_progress()
     study, folder = load_study(args.study), Path(args.output)
     check_suite(study.suite)
@@ -40,7 +40,9 @@ def run(args: argparse.Namespace) -> None:
         return
     for seed in seeds_of(args):
         failed = run_pretraining(study, [seed], folder, jobs=args.jobs)
+        left = [backbone for backbone in backbones_of(study, folder) if backbone.is_there(seed)]
+        if left:
+            measure(study.suite, left, [seed], folder, jobs=args.jobs)
         if failed:
             raise ConfigError([f"{name} failed." for name in failed], what="The pre-training")
-        measure(study.suite, backbones_of(study, folder), [seed], folder, jobs=args.jobs)
         logger.info(f"The report is {report_folder(folder, subject=args.subject)}.")

@@ -40,6 +40,11 @@ class BackboneSpec:
         """The file for one seed; None for random weights."""
         return None if self.path == RANDOM else Path(self.path.replace("{seed}", str(seed)))
 
+    def is_there(self, seed: int) -> bool:
+        """Whether there is a file for one seed, or none is needed."""
+        path = self.file(seed)
+        return path is None or path.is_file()
+
 
 def parse_backbone(text: str) -> BackboneSpec:
     """Parse ``NAME=PATH`` or ``NAME=PATH:TASK``.
@@ -101,7 +106,7 @@ def check_backbones(backbones: Sequence[BackboneSpec], seeds: Sequence[int], cfg
     resnet = build_branch(cfg, out_features=STAGES)
     files = {(backbone.file(seed), backbone.task): (backbone, seed) for backbone in backbones for seed in seeds}
     for (path, _), (backbone, seed) in files.items():
-        if path is not None and not path.is_file():
+        if not backbone.is_there(seed):
             problems.append(f"--weights {backbone.name}: there is no file {path}.")
         elif path is not None:
             problems += _loading_problems(backbone, cfg, seed, resnet)
