@@ -222,6 +222,15 @@ def test_an_online_squeeze_without_an_expansion_is_no_run(project):
         project.dry_run("XLEARNER.STAGE", "squeeze", "XLEARNER.SQUEEZE.ONLINE", True)
 
 
+def test_an_online_squeeze_has_no_other_teacher(project, tmp_path):
+    teacher = tmp_path / "expanded.pth"
+    teacher.touch()
+    with pytest.raises(
+        ConfigError, match=r"TEACHER is '.*expanded\.pth', but ONLINE squeezes the branches of this run"
+    ):
+        project.dry_run("XLEARNER.SQUEEZE.ONLINE", True, "XLEARNER.SQUEEZE.TEACHER", str(teacher))
+
+
 @pytest.mark.parametrize("wrong", [{"WEIGHT_DECAY": 0}, {"CLIP_GRADIENTS": {"ENABLE": True}}])
 def test_what_a_solver_of_the_squeeze_cannot_hold(project, wrong):
     project.content["XLEARNER"]["SQUEEZE"]["SOLVER"] |= wrong

@@ -98,7 +98,7 @@ def check_output(plan: Plan, *, resume: bool) -> None:
         if not resume and folder.is_dir() and any(folder.iterdir()):
             problems.append(f"{folder} is not empty. Add --resume to continue that run, or set another OUTPUT_DIR.")
     squeeze = plan.cfg.XLEARNER.SQUEEZE
-    given = "squeeze" in plan.stages and squeeze.TEACHER and not squeeze.ONLINE
+    given = "squeeze" in plan.stages and squeeze.TEACHER
     trained = resume and expanded_file(plan.cfg).is_file()
     if plan.stages == ("squeeze",) or given or trained:
         with _collect(problems):

@@ -37,6 +37,9 @@ def check_squeeze(cfg: CfgNode) -> list[str]:
     if squeeze.ONLINE and cfg.XLEARNER.STAGE == "squeeze":
         wish = "which is not run: set XLEARNER.STAGE to expand, or ONLINE to False"
         problems.append(f"XLEARNER.SQUEEZE.ONLINE squeezes in the steps of the expansion, {wish}.")
+    if squeeze.ONLINE and squeeze.TEACHER:
+        wish = "but ONLINE squeezes the branches of this run: leave out one of the two"
+        problems.append(f"XLEARNER.SQUEEZE.TEACHER is {squeeze.TEACHER!r}, {wish}.")
     if squeeze.PROJECTOR_LAYERS < 1:
         problems.append(f"XLEARNER.SQUEEZE.PROJECTOR_LAYERS is {squeeze.PROJECTOR_LAYERS}, but at least 1 is expected.")
     if not 0 <= squeeze.HINT_WEIGHT < float("inf"):
