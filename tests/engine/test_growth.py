@@ -160,6 +160,32 @@ def test_a_source_of_the_file_is_kept_or_dropped_by_name(larger):
     assert "loaded branch segmentation, head areas; new: branch detection, head boxes, 12 reconciliation layers" in plan
 
 
+def test_a_branch_ends_where_the_sources_that_stay_end(project):
+    """Without the source that reads res5, the branch has no res5, nor layers into it."""
+    sources = project.content["XLEARNER"]["SOURCES"]
+    shallow = [*sources["pics"]["OPTS"], "MODEL.RESNETS.OUT_FEATURES", ["res4"], "MODEL.CLASSIFIER.IN_FEATURE", "res4"]
+    sources["shallow"] = {**sources["pics"], "TEST": [], "OPTS": shallow}
+    del sources["boxes"]
+    project.content["XLEARNER"] |= {"PROBES": {}, "RECONCILIATION": {"STAGES": ["res4", "res5"]}}
+    project.write(project.content)
+    project.run("XLEARNER.STAGE", "expand")
+    expanded, folder = project.root / "out/expanded.pth", project.root / "longer"
+    extend = ["XLEARNER.STAGE", "expand", "XLEARNER.EXTEND", expanded, "SOLVER.BASE_LR", 1e-12, "OUTPUT_DIR", folder]
+    project.run(*extend, "XLEARNER.SOURCES.pics", "null")
+    before, after = weights(expanded), weights(folder / "expanded.pth")
+    gone = ("backbone.branches.classification.res5.", "heads.pics.")
+    layers = [n for n in before if "_to_res5." in n and n not in after]
+    assert layers
+    assert all(".classification." in name for name in layers)
+    assert set(before) - set(after) == {n for n in before if n.startswith(gone)} | {*layers}
+    for name in ("backbone.branches.classification.res4.0.conv1.weight", "heads.shallow.linear.weight"):
+        torch.testing.assert_close(after[name], before[name], rtol=0, atol=1e-9)
+    assert (
+        "no head reads it any more: res5 of branch classification, 5 reconciliation layers."
+        in (folder / "log.txt").read_text()
+    )
+
+
 def test_a_checkpoint_of_something_else_is_refused(larger, small):
     torch.save({"model": {"x": torch.zeros(1)}}, larger.root / "other.pth")
     with pytest.raises(ConfigError, match=r"XLEARNER\.EXTEND: .*other\.pth is no expanded checkpoint"):

@@ -340,6 +340,19 @@ def test_a_run_is_another_one_when_one_that_it_needs_is(tmp_path: Path) -> None:
     assert pretraining._settings(study, "third") == pretraining._settings(changed, "third")
 
 
+def test_a_run_is_another_one_when_the_config_of_a_head_is(files: StudyFiles) -> None:
+    head = files.root / "head.yaml"
+    head.write_text((ROOT / "configs/heads/classifier.yaml").read_text())
+    files.parts["RUNS"]["expanding"] = ["XLEARNER.SOURCES.pics.CONFIG", str(head)]
+    files.write_study()
+    study = load_study(files.study)
+    names = ("expanding", "squeezing")
+    before = [pretraining._settings(study, name) for name in names]
+    head.write_text(head.read_text() + "SEED: 3\n")
+    after = [pretraining._settings(study, name) for name in names]
+    assert [one == other for one, other in zip(before, after, strict=True)] == [False, True]
+
+
 def test_files_of_earlier_runs_are_not_looked_for_before_they_run(files: StudyFiles) -> None:
     files.parts["RUNS"]["squeezing"] = [
         "XLEARNER.STAGE",

@@ -34,6 +34,12 @@ def belongs_to(name: str, *, branches: Iterable[str], heads: Iterable[str]) -> b
     return any(name.startswith(f"heads.{head}.") for head in heads)
 
 
+def unread(state: Mapping[str, Tensor], model: nn.Module, branches: Iterable[str]) -> list[str]:
+    """Names of tensors of a file whose part ``model`` has no longer: stages of ``branches`` and their layers."""
+    own, branches = {part_of(name) for name in model.state_dict()}, list(branches)
+    return [name for name in state if belongs_to(name, branches=branches, heads=()) and part_of(name) not in own]
+
+
 @dataclass(frozen=True)
 class GrowthReport:
     """Parts of the model that came from the file, and those that are new."""
@@ -42,13 +48,15 @@ class GrowthReport:
     new: tuple[str, ...]
 
     def __str__(self) -> str:
-        return f"loaded {_summary(self.loaded)}; new: {_summary(self.new)}"
+        return f"loaded {summary(self.loaded)}; new: {summary(self.new)}"
 
 
-def _summary(parts: Iterable[str]) -> str:
-    """Branches and heads by name, and how many layers lead from one branch to another."""
+def summary(parts: Iterable[str]) -> str:
+    """Branches and heads by name, stages where only those of a branch, and how many layers join branches."""
     parts = list(parts)
-    branches = dict.fromkeys(part.split(" of ")[1] for part in parts if " of branch " in part)
+    stages = [tuple(part.split(" of ")) for part in parts if " of branch " in part]
+    whole = {branch for stage, branch in stages if stage == "stem"}
+    branches = dict.fromkeys(branch if branch in whole else f"{stage} of {branch}" for stage, branch in stages)
     heads = [part for part in parts if part.startswith("head ")]
     layers = sum(part.startswith("layer ") for part in parts)
     found = [*branches, *heads, *([f"{layers} reconciliation layers"] if layers else [])]
@@ -73,7 +81,7 @@ def load_grown(
     left_out = set(dropped)
     state = {name: value for name, value in state.items() if name not in left_out}
     ours, theirs = ({part_of(name) for name in names} for names in (own, state))
-    problems = [f"has {_summary(sorted(theirs - ours))}, which the config has not."] if theirs - ours else []
+    problems = [f"has {summary(sorted(theirs - ours))}, which the config has not."] if theirs - ours else []
     common = ours & theirs
     for name in own:
         if part_of(name) in common and name not in state:

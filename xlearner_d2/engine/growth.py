@@ -8,7 +8,7 @@ from typing import Any
 from detectron2.config import CfgNode
 from torch import Tensor, nn
 
-from ..checkpoint.grow import belongs_to, load_grown
+from ..checkpoint.grow import belongs_to, load_grown, part_of, summary, unread
 from ..checkpoint.load import load_resnet, read_checkpoint
 from ..checkpoint.pixels import PixelConvention
 from ..checkpoint.stored import PIXEL_KEYS, differing_settings, stored_config
@@ -212,8 +212,15 @@ def grow(model: XLearner, cfg: CfgNode, growth: Growth, branches: Sequence[Branc
     lost_tasks = {task.name for task in growth.tasks} - set(model.backbone.tasks)
     lost = {"branches": lost_tasks, "heads": set(growth.task_of) - kept}
     dropped = [name for name in state if belongs_to(name, **lost)]
-    report = load_grown(model, state, path=growth.path, dropped=dropped)
+    # Where a source is dropped that reads deeper than those that stay, its branch ends earlier than that of the file.
+    losing = {growth.task_of[source] for source in lost["heads"]} - lost_tasks
+    shorter = {model.backbone.branch_of[task] for task in losing} | ({TRUNK} if lost["heads"] else set())
+    ends = unread(state, model, shorter)
+    report = load_grown(model, state, path=growth.path, dropped=[*dropped, *ends])
     sentences = [f"{report}.", *_start_new_branches(model, cfg, growth, state, branches)]
+    if ends:
+        names = summary(dict.fromkeys(map(part_of, ends)))
+        sentences.append(f"Left out, as no head reads it any more: {names}.")
     if lost_tasks:
         names = ", ".join(sorted(lost_tasks))
         sentences.append(

@@ -112,6 +112,11 @@ def _needs(opts: Sequence[str]) -> list[str]:
     return sorted({name for value in opts[1::2] for name in re.findall(r"\{(\w+)\}", value)})
 
 
+def _known(opts: Sequence[str]) -> list[str]:
+    """Overrides without those that name files of earlier runs, which may not be there yet."""
+    return [item for pair in zip(opts[::2], opts[1::2], strict=True) if not _needs(pair) for item in pair]
+
+
 def check_runs(study: StudySpec) -> None:
     """See that every run's config and data are as needed, and that the runs will leave the study's backbones.
 
@@ -122,10 +127,9 @@ def check_runs(study: StudySpec) -> None:
     """
     problems, plans = [], {}
     for name, opts in study.runs.items():
-        pairs = zip(opts[::2], opts[1::2], strict=True)
-        known = [item for pair in pairs if not _needs(pair) for item in pair]  # files of earlier runs are not there yet
         try:
-            plans[name] = make_plan(load_config(study.config, [*known, "XLEARNER.CHECK_IMAGES", "0"]), world_size=1)
+            known = [*_known(opts), "XLEARNER.CHECK_IMAGES", "0"]
+            plans[name] = make_plan(load_config(study.config, known), world_size=1)
         except ConfigError as error:
             problems += [f"run {name}: {problem}" for problem in error.problems]
     problems += name_problems(map(str, study.backbones), "BACKBONES: ")
@@ -165,10 +169,12 @@ def check_output(study: StudySpec, seeds: Sequence[int], folder: Path) -> None:
 
 
 def _settings(study: StudySpec, name: str) -> str:
-    """SHA-256 of what a run is told, and of what those were told that it starts from."""
+    """SHA-256 of what a run is told, the configs of its heads included, and of what those were told that it needs."""
     opts = list(study.runs[name])
+    sources = load_config(study.config, _known(opts)).XLEARNER.SOURCES
+    heads = {source: read_config(record.CONFIG) for source, record in sources.items() if record is not None}
     needed = {other: _settings(study, other) for other in _needs(opts)}
-    return digest({"config": read_config(study.config), "opts": opts} | ({"needs": needed} if needed else {}))
+    return digest({"config": read_config(study.config), "heads": heads, "opts": opts, "needs": needed})
 
 
 def backbones_of(study: StudySpec, folder: Path) -> list[BackboneSpec]:
