@@ -287,11 +287,9 @@ def test_the_plan_of_a_shared_trunk_has_one_branch(project):
 
 @pytest.mark.parametrize(("online", "steps", "epochs"), [(False, 8, "2"), (True, 2, "0.5")])
 def test_the_plan_of_a_squeeze_has_its_own_steps(finished, online, steps, epochs):
-    stage = [] if online else ["XLEARNER.STAGE", "squeeze"]
-    opts = [*stage, "XLEARNER.SQUEEZE.ONLINE", online, "XLEARNER.SQUEEZE.SOLVER.MAX_ITER", 8]
-    plan = finished.dry_run(
-        *opts, "OUTPUT_DIR", finished.root / "else", "XLEARNER.SQUEEZE.TEACHER", finished.root / "out/expanded.pth"
-    )
+    alone = ["XLEARNER.STAGE", "squeeze", "XLEARNER.SQUEEZE.TEACHER", finished.root / "out/expanded.pth"]
+    opts = ["XLEARNER.SQUEEZE.ONLINE", online, "XLEARNER.SQUEEZE.SOLVER.MAX_ITER", 8]
+    plan = finished.dry_run(*([] if online else alone), *opts, "OUTPUT_DIR", finished.root / "else")
     assert f"squeeze for {steps} steps" in plan
     assert re.search(rf"boxes\s+detection\s+8\s+8\s+3\s+2\s+{epochs}\s", plan)
     assert plan.endswith("else/student_d2.pth.")

@@ -286,8 +286,12 @@ def test_no_run_is_started_after_ctrl_c(tmp_path: Path, monkeypatch: pytest.Monk
         return SimpleNamespace(returncode=130)
 
     monkeypatch.setattr(pretraining, "subprocess", SimpleNamespace(run=run))
-    with pytest.raises(KeyboardInterrupt):
-        run_pretraining(some_runs("a", "b", "c"), [0], tmp_path, jobs=1)
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            run_pretraining(some_runs("a", "b", "c"), [0], tmp_path, jobs=1)
+    finally:
+        signal.signal(signal.SIGINT, before)
     time.sleep(1)  # in which another one would be started
     assert started == [str(tmp_path / "runs/seed0/a")]
 
