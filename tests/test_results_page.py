@@ -45,6 +45,7 @@ TABLES: dict[tuple[str, str], tuple[str, str, Mapping[str, str]]] = {
         "squeezed",
         {
             **FEW,
+            "… from branches that pass nothing on": "squeezed/separate",
             "three files: expanded branches": "expanded/",
             "three files: separate branches": "separate/",
         },
