@@ -107,24 +107,21 @@ TABLES: dict[tuple[str, str], tuple[str, str, Mapping[str, str]]] = {
 }
 
 
-#: Heading -> how the label of a row of differences begins -> role, family and choice of what stands there.
+#: How the label of a row of differences begins -> role, family and choice of what stands there.
+ON_ICONS: Mapping[str, Sequence[tuple[str, str, str]]] = {
+    "classification, against the single file": [("single", "classification", "family")],
+    "detection, against icons": [("single", "detection", OVERALL)],
+    "detection, against the specialist": [("single", "detection", "family")],
+    "segmentation, against icons": [("single", "segmentation", OVERALL)],
+    "segmentation, against the specialist": [("single", "segmentation", "family")],
+    "against hard sharing": [("shared", family, "family") for family in FAMILIES],
+}
+#: By heading.
 DIFFERENCES: dict[str, Mapping[str, Sequence[tuple[str, str, str]]]] = {
-    "The study of few labels: three seeds": {
-        "classification, against the single file": [("single", "classification", "family")],
-        "detection, against icons": [("single", "detection", OVERALL)],
-        "detection, against the specialist": [("single", "detection", "family")],
-        "segmentation, against icons": [("single", "segmentation", OVERALL)],
-        "segmentation, against the specialist": [("single", "segmentation", "family")],
-        "against hard sharing": [("shared", family, "family") for family in FAMILIES],
-    },
+    "The study of few labels: three seeds": ON_ICONS,
     "Many labels, seen briefly: three seeds": {
-        "classification, against the single file": [("single", "classification", "family")],
-        "detection, against icons": [("single", "detection", OVERALL)],
-        "detection, against the specialist": [("single", "detection", "family")],
-        "segmentation, against icons": [("single", "segmentation", OVERALL)],
-        "segmentation, against the specialist": [("single", "segmentation", "family")],
+        **ON_ICONS,
         "over all, against icons": [("single", OVERALL, "family")],
-        "against hard sharing": [("shared", family, "family") for family in FAMILIES],
         "over all, against hard sharing": [("shared", OVERALL, "family")],
     },
     "Few photographs: three seeds, the main baselines": {
