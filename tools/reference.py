@@ -89,7 +89,7 @@ def sources_page() -> str:
         (f"`{name}`", str(found.num_classes), ", ".join(found.parts) if not found.rule else "train, test")
         for name, found in sorted(public_sets().items())
     ]
-    headlines = [(f"`{kind}`", f"`{metric}`") for kind, metric in evaluation.HEADLINES.items()]
+    headlines = [(f"`{kind}`", f"`{metric}`") for kind, (metric, *_) in evaluation.METRICS.items()]
     return "\n\n".join(
         [
             "# Sources, formats and kinds",

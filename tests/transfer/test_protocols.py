@@ -55,7 +55,7 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> TinySuite:
     found["dense_half"] = fine_tune("bbox/AP", f"{HEADS}/retinanet.yaml", TRAIN_SHARE=0.5)
     found["dense_large"] = fine_tune("bbox/APl", f"{HEADS}/retinanet.yaml")
     found["dense_sigmas"] = fine_tune("bbox/AP", f"{HEADS}/retinanet.yaml", "TEST.KEYPOINT_OKS_SIGMAS", [0.1, 0.2])
-    found["dense_typo"] = fine_tune("bbox/APX", f"{HEADS}/retinanet.yaml")
+    found["dense_masks"] = fine_tune("segm/AP", f"{HEADS}/retinanet.yaml")
     found["diverging"] = fine_tune("sem_seg/mIoU", f"{HEADS}/linear_segmentation.yaml", "SOLVER.BASE_LR", 1e38)
     found["diverging"]["OPTS"] += ["SOLVER.CLIP_GRADIENTS.ENABLED", False, "SOLVER.MAX_ITER", 3]
     found["pixels"] = fine_tune("sem_seg/mACC", f"{HEADS}/linear_segmentation.yaml")
@@ -230,9 +230,9 @@ def test_the_evaluator_follows_the_heads_config(tiny: TinySuite, suite: Suite, m
     assert sigmas == [0.1, 0.2]
 
 
-def test_a_metric_that_evaluation_lacks_is_an_error(tiny: TinySuite, suite: Suite) -> None:
-    with pytest.raises(ConfigError, match=r"PROTOCOLS\.dense_typo\.METRIC is 'bbox/APX'\. Did you mean 'bbox/AP"):
-        run(suite, "dense_typo", backbone(tiny, "random"))
+def test_a_metric_that_a_model_lacks_is_an_error(tiny: TinySuite, suite: Suite) -> None:
+    with pytest.raises(ConfigError, match=r"PROTOCOLS\.dense_masks\.METRIC is 'segm/AP'\. Known: bbox/AP"):
+        run(suite, "dense_masks", backbone(tiny, "random"))
 
 
 def test_a_training_that_diverges_is_an_error(tiny: TinySuite, suite: Suite) -> None:

@@ -93,6 +93,10 @@ ONE_PROBLEM = {
         ["TRANSFER.PROTOCOLS.dense.METRIC", "sem_seg/mIoU"],
         "TRANSFER.SETS.boxes.PROTOCOLS: dense has METRIC sem_seg/mIoU, but detection has bbox, segm, keypoints.",
     ),
+    "metric of its family, misspelt": (
+        ["TRANSFER.PROTOCOLS.dense.METRIC", "bbox/APX"],
+        "TRANSFER.SETS.boxes.PROTOCOLS: dense has METRIC bbox/APX. Did you mean 'bbox/AP'?",
+    ),
     "probe of another family": (
         ["TRANSFER.SETS.areas.PROTOCOLS", "[knn]"],
         "TRANSFER.SETS.areas.PROTOCOLS: knn is for classification, but FAMILY is segmentation.",

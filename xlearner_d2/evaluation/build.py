@@ -34,17 +34,18 @@ from .voc import PresentClassesVOCEvaluator, temporary_folder
 
 logger = logging.getLogger(__name__)
 
-#: The metric that stands for each kind of result that Detectron2's evaluators return.
-HEADLINES: dict[str, str] = {
-    "bbox": "AP",
-    "segm": "AP",
-    "keypoints": "AP",
-    "sem_seg": "mIoU",
-    "panoptic_seg": "PQ",
-    "box_proposals": "AR@1000",
-    "classification": "top1",
-    "multi_label": "mAP",
-    "depth": "delta1",
+#: What evaluators call their numbers, by kind of result; the first stands for its kind. One of a single class, such as
+#: ``AP-dog``, has a hyphen and is not here.
+METRICS: dict[str, tuple[str, ...]] = {
+    "bbox": ("AP", "AP50", "AP75", "APs", "APm", "APl", "APr", "APc", "APf"),
+    "segm": ("AP", "AP50", "AP75", "APs", "APm", "APl", "APr", "APc", "APf"),
+    "keypoints": ("AP", "AP50", "AP75", "APm", "APl"),
+    "sem_seg": ("mIoU", "fwIoU", "mACC", "pACC"),
+    "panoptic_seg": ("PQ", "SQ", "RQ", "PQ_th", "SQ_th", "RQ_th", "PQ_st", "SQ_st", "RQ_st"),
+    "box_proposals": ("AR@1000",),
+    "classification": ("top1", "top5", "mean_class_acc"),
+    "multi_label": ("mAP",),
+    "depth": ("delta1", "abs_rel", "rmse"),
 }
 
 
@@ -58,9 +59,9 @@ def main_metric(results: Mapping[str, Mapping[str, float]]) -> dict[str, float]:
         for example ``{"bbox/AP": 41.2, "segm/AP": 37.0}``, in percent; NaN where a metric is undefined.
     """
     return {
-        f"{kind}/{metric}": float(results[kind][metric])
-        for kind, metric in HEADLINES.items()
-        if metric in results.get(kind, {})
+        f"{kind}/{headline}": float(results[kind][headline])
+        for kind, (headline, *_) in METRICS.items()
+        if headline in results.get(kind, {})
     }
 
 

@@ -14,6 +14,7 @@ from detectron2.data import DatasetCatalog, MetadataCatalog
 from ..config import check_config_file
 from ..data.builtin import dataset_root, register_datasets
 from ..data.check import check_records, check_same_classes
+from ..evaluation.build import METRICS
 from ..modeling.expanded import STAGES
 from ..modeling.heads import find_config
 from ..settings import usable_device
@@ -243,11 +244,13 @@ def _check_pair(spec: SetSpec, protocol: ProtocolSpec, where: str) -> list[str]:
         if spec.family == "classification":
             return []
         return [f"{where}.PROTOCOLS: {protocol.name} is for classification, but FAMILY is {spec.family}."]
-    kind = protocol.metric.partition("/")[0]
-    if kind in RESULTS[spec.family]:
-        return []
-    known = ", ".join(RESULTS[spec.family])
-    return [f"{where}.PROTOCOLS: {protocol.name} has METRIC {protocol.metric}, but {spec.family} has {known}."]
+    kind, _, name = protocol.metric.partition("/")
+    has = f"{where}.PROTOCOLS: {protocol.name} has METRIC {protocol.metric}"
+    if kind not in RESULTS[spec.family]:
+        return [f"{has}, but {spec.family} has {', '.join(RESULTS[spec.family])}."]
+    if name not in METRICS[kind] and "-" not in name:  # that of a class shows once it is evaluated
+        return [f"{has}.{nearest(protocol.metric, (f'{kind}/{known}' for known in METRICS[kind]))}"]
+    return []
 
 
 def parse_suite(cfg: CfgNode) -> Suite:
