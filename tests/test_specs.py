@@ -1,6 +1,7 @@
 """Records of data sets and sources: what is accepted, and that everything wrong is said at once."""
 
 import dataclasses
+import pickle
 from typing import Any
 
 import pytest
@@ -210,3 +211,9 @@ def test_anything_is_a_source_or_a_problem(record: dict[str, Any]) -> None:
     found, problems = sources({"coco": record})
     assert bool(found) or bool(problems)
     assert all(problem.startswith("XLEARNER.SOURCES.coco") for problem in problems)
+
+
+def test_problems_come_whole_from_another_process() -> None:
+    found = pickle.loads(pickle.dumps(ConfigError(["one", "two"], what="The suite")))
+    assert isinstance(found, ConfigError)
+    assert (found.problems, str(found)) == (["one", "two"], "The suite has 2 problems:\n  1. one\n  2. two")

@@ -4,6 +4,7 @@ Nothing here builds or reads data; the later modules take these records instead 
 """
 
 import difflib
+import functools
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import MISSING, dataclass, fields
 from types import UnionType
@@ -40,9 +41,14 @@ class ConfigError(ValueError):
 
     def __init__(self, problems: Sequence[str], *, what: str = "The configuration"):
         self.problems = list(problems)
+        self.what = what
         count = "1 problem" if len(self.problems) == 1 else f"{len(self.problems)} problems"
         lines = [f"  {number}. {problem}" for number, problem in enumerate(self.problems, 1)]
         super().__init__("\n".join([f"{what} has {count}:", *lines]))
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """As it is on the way from another process: an exception would be made anew from its text."""
+        return functools.partial(type(self), what=self.what), (self.problems,)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -155,6 +155,21 @@ def test_a_student_that_was_made_for_other_pixels(tmp_path: Path) -> None:
         assert close(ours(normalised(DETECTRON2)), theirs(normalised(IMAGENET)))
 
 
+@pytest.mark.parametrize("in_1x1", [False, True])
+def test_strides_move_to_where_the_file_has_them(
+    tmp_path: Path, in_1x1: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    theirs = randomise_norm(small_resnet(STRIDE_IN_1X1=in_1x1))
+    made_for = {"format": "BGR", "pixel_mean": list(DETECTRON2.mean or ()), "pixel_std": list(DETECTRON2.std or ())}
+    content = {"model": theirs.state_dict(), "xlearner": {"input": made_for, "resnets": {"STRIDE_IN_1X1": in_1x1}}}
+    torch.save(content, tmp_path / "student.pth")
+    ours = small_resnet(STRIDE_IN_1X1=not in_1x1).eval()
+    load_resnet(ours, tmp_path / "student.pth", move_strides=True)
+    assert not caplog.records
+    with torch.no_grad():
+        assert close(ours(normalised(DETECTRON2)), theirs(normalised(DETECTRON2)))
+
+
 def test_weights_of_unknown_origin_stay_as_they_are(tmp_path: Path) -> None:
     theirs, ours = small_resnet(), small_resnet()
     report = load_resnet(ours, save(tmp_path / "x.pth", theirs.state_dict()), pixels=RGB_OF_1)

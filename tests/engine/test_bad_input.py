@@ -54,6 +54,17 @@ def probe_without_a_second_image(project):
     project.write(project.content)
 
 
+def set_probe(project, **record):
+    project.content["XLEARNER"]["PROBES"] = {"mine": record}
+    project.write(project.content)
+
+
+def other_ignored(project):
+    sets = project.content["XLEARNER"]["DATASETS"]
+    sets["t_ignored"] = {**sets["t_areas"], "IGNORE_VALUE": 7}
+    set_source(project, "areas", TRAIN=["t_areas", "t_ignored"])
+
+
 def label_99(project):
     Image.fromarray(np.full((64, 64), 99, np.uint8)).save(project.root / "data/areas/labels/3.png")
 
@@ -148,6 +159,18 @@ CASES = {
     "a probe that cannot choose": (
         probe_without_a_second_image,
         r"probe rare: no class of data set 't_other' has more than one image",
+    ),
+    "a probe of boxes": (
+        lambda p: set_probe(p, TRAIN="t_boxes", TEST="t_boxes"),
+        r"probe mine: data set 't_boxes': 8 of 8 images have no category_id, as .*boxes/0\.png, but a probe needs one",
+    ),
+    "a probe of no pixels": (
+        lambda p: set_probe(p, TRAIN="t_pics", TEST="t_pics", IMAGE_SIZE=0),
+        r"PROBES\.mine\.IMAGE_SIZE is 0, but at least 1 is expected",
+    ),
+    "labels that are ignored in one data set alone": (
+        other_ignored,
+        r"SOURCES\.areas: data sets 't_areas' and 't_ignored' should have the same ignore_label, but .* 255 and 7",
     ),
     "wrong kind of data": (
         lambda p: set_source(p, "boxes", TRAIN=["t_pics"], TEST=[]),

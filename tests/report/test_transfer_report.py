@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 from xlearner_d2.report.charts import ticks
 from xlearner_d2.report.markup import element, page
 from xlearner_d2.report.transfer import choose_primary, read_results, read_studies, write_report
-from xlearner_d2.report.transfer_tables import Table, duration, markdown
+from xlearner_d2.report.transfer_tables import Table, duration, headline, markdown
 from xlearner_d2.report.wording import number, outcome, sentence
 from xlearner_d2.results.records import CellRecord, cell_file, write_record
 from xlearner_d2.results.statistics import analyse
@@ -179,6 +179,36 @@ class TestPage:
             replace(r, weights="abc" if r.backbone in ("squeezed", "shared") else r.weights) for r in make_records()
         ]
         assert "One file for all seeds: shared, squeezed. Intervals then" in Page(report(records)).words
+
+    def test_a_file_for_some_of_the_seeds_is_said(self, report: Callable[..., str]) -> None:
+        """As when a file was replaced, and not all seeds measured again."""
+        records = [
+            replace(r, weights="new" if r.seed == 0 else "old") if r.backbone == "squeezed" else r
+            for r in make_records(num_seeds=3)
+        ]
+        assert "One file for some of the seeds, another for others: squeezed." in Page(report(records)).words
+
+    def test_what_lacks_seeds_is_neither_best_nor_compared_by_other_seeds(self, report: Callable[..., str]) -> None:
+        """``shared`` is 1 point above ``single`` in the seed that it has, though far above its mean."""
+
+        def value(record: CellRecord) -> float:
+            return 10.0 * record.seed + {"shared": 1.0}.get(record.backbone, 0.0)
+
+        records = [
+            replace(r, value=value(r))
+            for r in make_records(num_seeds=3)
+            if (r.backbone, r.seed) not in (("shared", 0), ("shared", 1))
+        ]
+        study = analyse(records)
+        found = headline(study)
+        row = study.backbones.index("shared")
+        assert found.rows[row][-1] == "2"
+        assert row not in {strong for strong, _ in found.strong}
+        assert len(found.strong) > 0
+        words = Page(report(records)).words
+        heat_map = words[words.index("Difference of each backbone to the reference") : words.index("Every protocol")]
+        assert "+1.0" in heat_map
+        assert "+11.0" not in heat_map
 
     def test_one_seed_is_said(self, report: Callable[..., str]) -> None:
         words = Page(report(make_records(num_seeds=1))).words

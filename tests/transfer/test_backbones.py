@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 from detectron2.modeling import Backbone
+from detectron2.utils.file_io import PathManager
 from tiny_suite import TinySuite
 from torch import Tensor
 
@@ -67,6 +68,8 @@ def checked(tiny: TinySuite, *backbones: BackboneSpec, seeds: tuple[int, ...] = 
         ("random=random", BackboneSpec(name="random", path="random")),
         ("single/icons=a/b.pth", BackboneSpec(name="single/icons", path="a/b.pth")),
         ("mine=a=b.pth", BackboneSpec(name="mine", path="a=b.pth")),
+        ("mine=https://a/b.pth", BackboneSpec(name="mine", path="https://a/b.pth")),
+        ("mine=https://a/b.pth:boxes", BackboneSpec(name="mine", path="https://a/b.pth", task="boxes")),
         ("expanded=out/x.pth:boxes", BackboneSpec(name="expanded", path="out/x.pth", task="boxes")),
         ("mine=seed{seed}/x.pth:boxes", BackboneSpec(name="mine", path="seed{seed}/x.pth", task="boxes")),
     ],
@@ -90,6 +93,17 @@ def test_all_bad_names_are_listed() -> None:
         parse_backbones(["random=random", *BAD])
     expected = "NAME=PATH, NAME=PATH:TASK or NAME=random is expected."
     assert caught.value.problems == [f"--weights {text!r}: {expected}" for text in BAD]
+
+
+def test_what_has_an_address_is_fetched(tiny: TinySuite, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tiny.root / "student.pth"
+    asked: list[str] = []
+    monkeypatch.setattr(PathManager, "get_local_path", lambda address: (asked.append(address), str(path))[1])
+    assert parse_backbones(["mine=https://a/b.pth:boxes"]) == [spec(path, "boxes")]
+    assert asked == ["https://a/b.pth"]
+    monkeypatch.undo()
+    with pytest.raises(ConfigError, match=r"gone://b\.pth cannot be fetched"):
+        parse_backbones(["mine=gone://b.pth"])
 
 
 def test_seed_stands_in_the_path() -> None:

@@ -271,7 +271,7 @@ def test_each_run_is_run_once(tmp_path: Path, started: list[str]) -> None:
 
 def test_runs_that_fail_are_named_and_run_again(tmp_path: Path, started: list[str]) -> None:
     for _ in range(2):
-        assert run_pretraining(some_runs("a", "bad", "c"), [0], tmp_path, jobs=2) == ["bad, seed 0"]
+        assert run_pretraining(some_runs("a", "bad", "c"), [0], tmp_path, jobs=2) == [("bad", 0)]
     assert sorted(started) == ["seed0/a", "seed0/bad", "seed0/bad", "seed0/c"]
 
 
@@ -326,7 +326,7 @@ def chain() -> StudySpec:
 
 
 def test_a_run_starts_after_those_that_it_needs(tmp_path: Path, started: list[str]) -> None:
-    assert run_pretraining(chain(), [0], tmp_path, jobs=3) == ["bad, seed 0", "never, seed 0"]
+    assert run_pretraining(chain(), [0], tmp_path, jobs=3) == [("bad", 0), ("never", 0)]
     assert "seed0/never" not in started
     assert started.index("seed0/first") < started.index("seed0/second")
 
@@ -443,6 +443,18 @@ def test_a_study_that_fails_says_so_and_measures_what_is_there(
     assert caught.value.code == "error: The pre-training has 1 problem:\n  1. bad, seed 0 failed."
     assert started == ["seed0/bad", "seed0/good"]
     assert [(record.backbone, record.seed) for record in read_records(files.root / "out")] == [("random", 0)]
+
+
+def test_a_backbone_that_no_run_left_is_told(
+    files: StudyFiles, monkeypatch: pytest.MonkeyPatch, started: list[str]
+) -> None:
+    """Nothing is known beforehand of files in folders below that of a run."""
+    files.parts["RUNS"] = {"good": None}
+    files.parts["BACKBONES"] = {"random": "random", "lost": "good/expand/model_0000299.pth:labels"}
+    files.write_study()
+    with pytest.raises(SystemExit) as caught:
+        command(monkeypatch, "--study", files.study, "--output", files.root / "out", "--subject", "random")
+    assert "--weights lost: there is no file" in str(caught.value.code)
 
 
 @pytest.mark.parametrize(

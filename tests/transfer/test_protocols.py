@@ -194,6 +194,13 @@ def test_processes_that_read_the_images_change_nothing(tiny: TinySuite, protocol
     np.testing.assert_equal(found[0], found[1])  # APs of sizes that no box has are not a number
 
 
+def test_a_suite_need_not_say_how_many_processes_read(tiny: TinySuite) -> None:
+    """Which is what -1, the default of a config, stands for."""
+    suite = tiny.parse("DATALOADER.NUM_WORKERS", -1)
+    value, details = run(suite, "knn", backbone(tiny, "student"))
+    assert (value, details["num_train"]) == (run(tiny.parse(), "knn", backbone(tiny, "student"))[0], 8)
+
+
 def test_only_the_share_is_trained_on(tiny: TinySuite, suite: Suite, monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[int] = []
     draw = reading.Mapped.draw
@@ -257,7 +264,7 @@ def test_a_dumped_config_is_an_ordinary_one(tiny: TinySuite, suite: Suite, proto
     del kept["XLEARNER"], kept["TRANSFER"], kept["SOLVER"]["OPTIMIZER"]
     assert kept == yaml.safe_load(found.dump())
     assert tuple(kept["DATASETS"]["TRAIN"]) == spec.train
-    assert kept["SOLVER"]["MAX_ITER"] == 2
+    assert (kept["SOLVER"]["MAX_ITER"], kept["SOLVER"]["IMS_PER_BATCH"]) == (2, 4)
     resnet = build_model(cfg).state_dict()
     assert next(value for name, value in resnet.items() if name.endswith("stem.conv1.weight")).shape[0] == 8
 

@@ -205,6 +205,20 @@ def test_test_data_of_other_classes_is_refused(tiny: TinySuite) -> None:
         check_data(suite, check_images=0)
 
 
+def test_a_probe_needs_one_class_of_each_image(tiny: TinySuite) -> None:
+    suite = tiny.parse("TRANSFER.SETS.pics.TEST", "s_boxes", "TRANSFER.SETS.pics.TRAIN", "[s_boxes]")
+    with pytest.raises(ConfigError, match=r"pics: data set 's_boxes': 8 of 8 images have no category_id"):
+        check_data(suite, check_images=0)
+
+
+def test_another_precision_is_another_cell(tiny: TinySuite) -> None:
+    found = {
+        suite.settings(suite.sets["pics"], suite.protocols["probe"])
+        for suite in (tiny.parse(), tiny.parse("XLEARNER.AMP_PRECISION", "bfloat16"))
+    }
+    assert len(found) == 2
+
+
 # Heads
 
 

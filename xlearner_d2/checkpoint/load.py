@@ -173,7 +173,9 @@ def check_resnet(resnet: nn.Module, path: str | Path) -> None:
     _match(resnet, path)
 
 
-def load_resnet(resnet: nn.Module, path: str | Path, *, pixels: PixelConvention | None = None) -> LoadReport:
+def load_resnet(
+    resnet: nn.Module, path: str | Path, *, pixels: PixelConvention | None = None, move_strides: bool = False
+) -> LoadReport:
     """Initialise a Detectron2 ResNet, or a network of timm that is cut like one, from any file of such a network.
 
     Files made for frozen BN may lack ``running_mean``, ``running_var`` and ``num_batches_tracked``: these stay at
@@ -182,12 +184,21 @@ def load_resnet(resnet: nn.Module, path: str | Path, *, pixels: PixelConvention 
     Args:
         pixels: what ``resnet`` will be given; a stem made for another order or std of channels is converted exactly.
             None takes it as it is. What cannot be converted is logged as a warning.
+        move_strides: let the bottlenecks of ``resnet`` have their stride in the convolution where the file's have it,
+            whatever its config says, instead of a warning.
 
     Raises:
         ConfigError: when the file holds no such network, lacks a weight, or has one of another shape.
     """
     file, matched, report = _match(resnet, path)
-    warnings = _stride_problems(resnet, file)
+    warnings = []
+    if _has_other_strides(resnet, file):
+        if move_strides:
+            _swap_strides(resnet)
+        else:
+            text = f"it was trained with MODEL.RESNETS.STRIDE_IN_1X1 {file.stride_in_1x1}, but that is "
+            text += f"{not file.stride_in_1x1}; weights cannot be converted from one to the other"
+            warnings.append(f"{text}, so that features differ until trained.")
     if pixels is not None and file.pixels is not None:
         conversion = stem_conversion(file.pixels, pixels)
         converted, stuck = convert_stem(resnet, matched, conversion)
@@ -257,13 +268,17 @@ def convert_stem(resnet: nn.Module, state: State, conversion: StemConversion) ->
     return tuple(name for name, _ in convolutions), []
 
 
-def _stride_problems(resnet: nn.Module, file: BackboneFile) -> list[str]:
-    """Where a bottleneck has its stride is no matter of weights."""
+def _has_other_strides(resnet: nn.Module, file: BackboneFile) -> bool:
+    """Whether bottlenecks have their stride elsewhere than the file's, which is no matter of weights."""
     block = next(iter(getattr(resnet, "res3", ())), None)
     if isinstance(resnet, OfTimm) or file.stride_in_1x1 is None or not hasattr(block, "conv3"):
-        return []
+        return False
     in_1x1 = block.conv1.stride != (1, 1)  # type: ignore[union-attr]
-    if in_1x1 == file.stride_in_1x1:
-        return []
-    text = f"it was trained with MODEL.RESNETS.STRIDE_IN_1X1 {file.stride_in_1x1}, but that is {in_1x1}"
-    return [f"{text}; weights cannot be converted from one to the other, so that features differ until trained."]
+    return in_1x1 != file.stride_in_1x1
+
+
+def _swap_strides(resnet: nn.Module) -> None:
+    """Give the stride of each bottleneck's 1x1 convolution to its 3x3 one, and the other way round."""
+    bottlenecks: list[Any] = [module for module in resnet.modules() if hasattr(module, "conv3")]
+    for block in bottlenecks:
+        block.conv1.stride, block.conv2.stride = block.conv2.stride, block.conv1.stride

@@ -40,9 +40,8 @@ def run(args: argparse.Namespace) -> None:
         return
     for seed in seeds_of(args):
         failed = run_pretraining(study, [seed], folder, jobs=args.jobs)
-        left = [backbone for backbone in backbones_of(study, folder) if backbone.is_there(seed)]
-        if left:
+        if left := backbones_of(study, folder, without=[name for name, _ in failed]):
             measure(study.suite, left, [seed], folder, jobs=args.jobs)
         if failed:
-            raise ConfigError([f"{name} failed." for name in failed], what="The pre-training")
+            raise ConfigError([f"{name}, seed {seed} failed." for name, _ in failed], what="The pre-training")
         logger.info(f"The report is {report_folder(folder, subject=args.subject)}.")

@@ -1,7 +1,7 @@
 """The sources' data: registered, read once, and checked as a whole before anything is built."""
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,6 +12,7 @@ from detectron2.data.build import filter_images_with_few_keypoints, filter_image
 from ..specs import ConfigError, ProbeSpec, SourceSpec, nearest, parse_datasets
 from .builtin import dataset_root, register_datasets
 from .check import check_records, check_same_classes
+from .files import shown
 from .proposals import proposal_files, with_proposals
 from .subset import share_of_records
 
@@ -92,21 +93,38 @@ def load_records(
         problems += [f"{by}: {problem}" for problem in found]
     if not problems:
         problems += [f"{user}: {problem}" for user, names in users.items() for problem in check_same_classes(names)]
-        problems += [problem for probe in probes for problem in _check_probe(probe, records[probe.train])]
+        problems += [problem for probe in probes for problem in _check_probe(probe, records)]
     if problems:
         raise ConfigError(problems, what="The data")
     return records
 
 
-def _check_probe(probe: ProbeSpec, records: Records) -> list[str]:
+def _check_probe(probe: ProbeSpec, records: Mapping[str, Records]) -> list[str]:
     """Found now, as the probe is fitted at the very end, with a share of each class held out."""
-    counts = Counter(record.get("category_id") for record in records)
-    if not counts or max(counts.values()) > 1:
-        return []
-    return [
-        f"probe {probe.name}: no class of data set {probe.train!r} has more than one image, but one of some class has "
-        "to be held out to choose the regularisation."
-    ]
+    where = f"probe {probe.name}"
+    problems = [f"{where}: {problem}" for problem in check_labels((probe.train, probe.test), records)]
+    counts = Counter(record.get("category_id") for record in records[probe.train])
+    if not problems and max(counts.values()) == 1:
+        problems.append(
+            f"{where}: no class of data set {probe.train!r} has more than one image, but one of some class has to be "
+            "held out to choose the regularisation."
+        )
+    if not problems and len(counts) == 1:
+        problems.append(f"{where}: data set {probe.train!r} has images of one class alone, but two are expected.")
+    if probe.image_size < 1:
+        problems.append(f"XLEARNER.PROBES.{probe.name}.IMAGE_SIZE is {probe.image_size}, but at least 1 is expected.")
+    return problems
+
+
+def check_labels(names: Iterable[str], records: Mapping[str, Records]) -> list[str]:
+    """Problems of data sets whose images should have one class each, as a probe needs it."""
+    problems = []
+    for name in names:
+        lacking = [record["file_name"] for record in records[name] if "category_id" not in record]
+        if lacking:
+            got = f"{len(lacking)} of {len(records[name])} images have no category_id, as {shown(lacking[0])}"
+            problems.append(f"data set {name!r}: {got}, but a probe needs one class of each image.")
+    return problems
 
 
 def _advice(error: Exception) -> str:
@@ -133,7 +151,7 @@ def source_data(source: SourceSpec, head: CfgNode, records: Mapping[str, Records
 
     train = [record for name in source.train for record in read(name, train_files)]
     train = _usable(train, source, head)
-    if problems := _incomplete_objects(train, source, head):
+    if problems := [*_other_labels(source, head), *_incomplete_objects(train, source, head)]:
         raise ConfigError(problems, what="The data")
     train = share_of_records(train, source.train_share, seed=seed)
     return SourceData(
@@ -160,6 +178,22 @@ def _usable(records: Records, source: SourceSpec, head: CfgNode) -> Records:
         )
         raise ConfigError([message], what="The data")
     return kept
+
+
+def _other_labels(source: SourceSpec, head: CfgNode) -> list[str]:
+    """Data sets that mean something else by the same label or keypoint: a head has one meaning for all of them."""
+    problems = []
+    meant = [("ignore_label", source.train), ("keypoint_names", source.data_sets if head.MODEL.KEYPOINT_ON else ())]
+    for key, names in meant:
+        found = {name: MetadataCatalog.get(name).get(key, None) for name in names}
+        first = next(iter(found), "")
+        problems += [
+            f"XLEARNER.SOURCES.{source.name}: data sets {first!r} and {name!r} should have the same {key}, but they "
+            f"have {found[first]} and {value}."
+            for name, value in found.items()
+            if value != found[first]
+        ]
+    return problems
 
 
 def _incomplete_objects(records: Records, source: SourceSpec, head: CfgNode) -> list[str]:

@@ -2,10 +2,11 @@
 
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from statistics import fmean
 from xml.etree.ElementTree import Element
 
 from ..results.records import CellRecord
-from ..results.study import OVERALL, Study, role_of
+from ..results.study import OVERALL, Estimate, Study, role_of
 from . import transfer_tables as tables
 from .charts import Line, Row, bars, curves, forest
 from .markup import Child, element, page, table
@@ -83,9 +84,14 @@ def _verdict(study: Study, records: Sequence[CellRecord]) -> Element:
 def _warnings(study: Study, records: Sequence[CellRecord]) -> Iterator[Element]:
     if len(study.seeds) < 2:
         yield element("p", "There is one seed only: nothing here has an interval.", class_="warning")
-    if names := tables.one_file(records):
+    repeated = tables.repeated_files(records)
+    if names := repeated["one"]:
         text = f"One file for all seeds: {', '.join(names)}. "
         text += "Intervals then tell how much transfer varies, not how much another pre-training would differ."
+        yield element("p", text, class_="warning")
+    if names := repeated["some"]:
+        text = f"One file for some of the seeds, another for others: {', '.join(names)}. "
+        text += "If a file was replaced between measurements, measure the other seeds again."
         yield element("p", text, class_="warning")
     if study.missing:
         total = len(study.primary) * len(study.backbones) * len(study.seeds)
@@ -189,10 +195,12 @@ def _heat_map(study: Study) -> Element:
     }
     means = {key: value.mean for key, value in values.items() if value.mean is not None}
     references = {name: _reference(study, family) for family, names in study.families.items() for name in names}
+    none = Estimate.of({})
     differences = {
-        (name, backbone): mean - means[name, reference]
-        for (name, backbone), mean in means.items()
-        if (reference := references[name]) is not None and (name, reference) in means
+        (name, backbone): difference
+        for name, backbone in means
+        if (reference := references[name]) is not None
+        and (difference := _paired(values[name, backbone], values.get((name, reference), none))) is not None
     }
     # Random weights, far below the others, would leave these without colour.
     trained = [abs(value) for (_, backbone), value in differences.items() if role_of(backbone) != "random"]
@@ -210,11 +218,18 @@ def _heat_map(study: Study) -> Element:
     ]
     return table(
         "Difference of each backbone to the reference of a set's family in points, under the primary protocols: blue "
-        "is above, orange below. The reference is the strongest single-task backbone, or random weights without one.",
+        "is above, orange below. The reference is the strongest single-task backbone, or random weights without one; "
+        "differences are over the seeds that both have.",
         ["set", "reference", *study.backbones],
         rows,
         words=2,
     )
+
+
+def _paired(value: Estimate, reference: Estimate) -> float | None:
+    """Mean of the differences by seed; None where there is no seed of both."""
+    seeds = sorted(value.by_seed.keys() & reference.by_seed.keys())
+    return fmean(value.by_seed[seed] - reference.by_seed[seed] for seed in seeds) if seeds else None
 
 
 def _heat(difference: float | None, mean: float | None, largest: float, is_reference: bool) -> Element:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from ..results.records import CellRecord
 from ..results.study import LEVEL, OVERALL, Check, Estimate, Study, backbone_order, role_of
-from .wording import NOTHING, estimate, goal_name, number, outcome, plural, probability, sentence, values
+from .wording import NOTHING, estimate, goal_name, number, outcome, probability, sentence, values
 
 NO_GOALS = "There are no goals, as no backbone has a role that they are about."
 
@@ -60,18 +60,27 @@ def headline(study: Study) -> Table:
     names = [*study.families, OVERALL]
     found = {(item.backbone, item.family): item.value for item in study.family_means}
     means = {key: value.mean for key, value in found.items() if value.mean is not None}
-    best = {name: max((mean for key, mean in means.items() if key[1] == name), default=None) for name in names}
-    seeds = plural(len(study.seeds), "seed")
+    # Seeds differ more than backbones may, so a mean over some of them is not to be ranked with one over all.
+    whole = {key: mean for key, mean in means.items() if found[key].n == len(study.seeds)}
+    best = {name: max((mean for key, mean in whole.items() if key[1] == name), default=None) for name in names}
     return Table(
         caption="Mean over the sets of a family under their primary protocols, in percent, ± half of the 95 % "
-        f"interval over {seeds}; overall is the mean of the families. The best of a column is bold.",
-        header=("backbone", *names),
-        rows=[(name, *(estimate(found[name, family]) for family in names)) for name in study.backbones],
+        "interval over the seeds that have all of these sets; overall is the mean of the families. The best of a "
+        "column is bold, of the backbones that have every seed there.",
+        header=("backbone", *names, "complete seeds"),
+        rows=[
+            (
+                name,
+                *(estimate(found[name, family]) for family in names),
+                ", ".join(map(str, found[name, OVERALL].by_seed)) or NOTHING,
+            )
+            for name in study.backbones
+        ],
         strong=frozenset(
             (row, column)
             for row, name in enumerate(study.backbones)
             for column, family in enumerate(names, 1)
-            if best[family] is not None and means.get((name, family)) == best[family]
+            if best[family] is not None and whole.get((name, family)) == best[family]
         ),
     )
 
@@ -261,16 +270,17 @@ def files(records: Sequence[CellRecord]) -> Table:
     )
 
 
-def one_file(records: Sequence[CellRecord]) -> list[str]:
-    """Trained backbones that have one file for several seeds."""
-    found = defaultdict(set)
+def repeated_files(records: Sequence[CellRecord]) -> dict[str, list[str]]:
+    """Trained backbones of fewer files than seeds, in two groups: ``one`` file for all, and files for ``some``."""
+    found: dict[str, dict[int, str]] = defaultdict(dict)
     for record in records:
-        found[record.backbone].add((record.seed, record.weights))
-    return [
-        name
-        for name in sorted(found, key=backbone_order)
-        if len(found[name]) > 1 and len(files := {weights for _, weights in found[name]}) == 1 and "" not in files
-    ]
+        found[record.backbone][record.seed] = record.weights
+    groups: dict[str, list[str]] = {"one": [], "some": []}
+    for name in sorted(found, key=backbone_order):
+        files = set(found[name].values())
+        if len(files) < len(found[name]) and files != {""}:
+            groups["one" if len(files) == 1 else "some"].append(name)
+    return groups
 
 
 def duration(seconds: float) -> str:

@@ -3,7 +3,7 @@
 import hashlib
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -11,6 +11,7 @@ from detectron2.config import CfgNode
 from detectron2.layers import ShapeSpec
 from detectron2.modeling import Backbone
 
+from ..checkpoint.fetch import local_file
 from ..checkpoint.load import load_resnet
 from ..checkpoint.pixels import PixelConvention
 from ..modeling.branches import Branch, build_branch
@@ -40,11 +41,6 @@ class BackboneSpec:
         """The file for one seed; None for random weights."""
         return None if self.path == RANDOM else Path(self.path.replace("{seed}", str(seed)))
 
-    def is_there(self, seed: int) -> bool:
-        """Whether there is a file for one seed, or none is needed."""
-        path = self.file(seed)
-        return path is None or path.is_file()
-
 
 def parse_backbone(text: str) -> BackboneSpec:
     """Parse ``NAME=PATH`` or ``NAME=PATH:TASK``.
@@ -54,7 +50,7 @@ def parse_backbone(text: str) -> BackboneSpec:
     """
     name, _, path = text.partition("=")
     task = ""
-    if not Path(path).exists() and ":" in path:
+    if not Path(path).exists() and ":" in path and not path.rpartition(":")[2].startswith("//"):
         path, _, task = path.rpartition(":")
         path = path if task else ""
     if not (name and path) or (path == RANDOM and task):
@@ -63,7 +59,7 @@ def parse_backbone(text: str) -> BackboneSpec:
 
 
 def parse_backbones(texts: Sequence[str]) -> list[BackboneSpec]:
-    """Parse every ``NAME=PATH`` of a command line.
+    """Parse every ``NAME=PATH`` of a command line; a path with ``://`` is fetched.
 
     Raises:
         ConfigError: with all problems.
@@ -71,7 +67,8 @@ def parse_backbones(texts: Sequence[str]) -> list[BackboneSpec]:
     found, problems = [], []
     for text in texts:
         try:
-            found.append(parse_backbone(text))
+            backbone = parse_backbone(text)
+            found.append(replace(backbone, path=str(local_file(backbone.path))) if "://" in text else backbone)
         except ConfigError as error:
             problems += error.problems
     if problems:
@@ -106,7 +103,7 @@ def check_backbones(backbones: Sequence[BackboneSpec], seeds: Sequence[int], cfg
     resnet = build_branch(cfg, out_features=STAGES)
     files = {(backbone.file(seed), backbone.task): (backbone, seed) for backbone in backbones for seed in seeds}
     for (path, _), (backbone, seed) in files.items():
-        if not backbone.is_there(seed):
+        if path is not None and not path.is_file():
             problems.append(f"--weights {backbone.name}: there is no file {path}.")
         elif path is not None:
             problems += _loading_problems(backbone, cfg, seed, resnet)
@@ -163,7 +160,8 @@ def load_backbone(backbone: BackboneSpec, cfg: CfgNode, *, seed: int, resnet: Br
         resnet.load_state_dict({name: state[name] for name in resnet.state_dict()})
         return resnet
     resnet = resnet or build_branch(cfg, out_features=STAGES).to(cfg.MODEL.DEVICE)
-    load_resnet(resnet, path, pixels=PixelConvention.of(cfg))
+    # Frozen, it would never learn to do with strides elsewhere, and one suite compares files of either kind.
+    load_resnet(resnet, path, pixels=PixelConvention.of(cfg), move_strides=True)
     return resnet
 
 

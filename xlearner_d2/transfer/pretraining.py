@@ -8,7 +8,7 @@ import re
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from datetime import timedelta
@@ -177,21 +177,23 @@ def _settings(study: StudySpec, name: str) -> str:
     return digest({"config": read_config(study.config), "heads": heads, "opts": opts, "needs": needed})
 
 
-def backbones_of(study: StudySpec, folder: Path) -> list[BackboneSpec]:
-    """The study's backbones, in the files its runs leave below ``folder``."""
+def backbones_of(study: StudySpec, folder: Path, *, without: Collection[str] = ()) -> list[BackboneSpec]:
+    """The study's backbones, in the files its runs leave below ``folder``, but for those of the runs ``without``."""
     found = []
     for name, text in study.backbones.items():
+        if text.partition("/")[0] in without:
+            continue
         place, _, task = text.partition(":")
         path = RANDOM if text == RANDOM else str(folder / "runs" / "seed{seed}" / place)
         found.append(BackboneSpec(name=name, path=path, task=task))
     return found
 
 
-def run_pretraining(study: StudySpec, seeds: Sequence[int], folder: Path, *, jobs: int) -> list[str]:
+def run_pretraining(study: StudySpec, seeds: Sequence[int], folder: Path, *, jobs: int) -> list[tuple[str, int]]:
     """Run what is not finished, several at a time; a run that was stopped continues from its last checkpoint.
 
     Returns:
-        names of the runs that failed; the log of each is beside its output.
+        name and seed of the runs that failed; the log of each is beside its output.
     """
     work = [(name, seed) for seed in seeds for name in study.runs]
     left = [(name, seed) for name, seed in work if not _finished(folder, name, seed)]
@@ -216,7 +218,7 @@ def run_pretraining(study: StudySpec, seeds: Sequence[int], folder: Path, *, job
     with ThreadPoolExecutor(jobs) as pool, starts_no_more(pool):
         for item in left:
             results[item] = pool.submit(run, *item)
-        return [f"{name}, seed {seed}" for (name, seed), future in results.items() if future.result()]
+        return [item for item, future in results.items() if future.result()]
 
 
 def _output(folder: Path, name: str, seed: int) -> Path:

@@ -20,6 +20,7 @@ from detectron2.utils.env import seed_all_rng
 from detectron2.utils.events import get_event_storage
 from torch import nn
 
+from ..data.loader import reading_processes
 from ..data.mappers import SourceMapper, build_mapper
 from ..data.sources import SourceData, source_data
 from ..data.subset import random_share
@@ -101,7 +102,7 @@ def _features(
             input_format=cfg.INPUT.FORMAT,
             feature=protocol.feature,
             autocast_dtype=cpu_autocast_dtype(cfg),
-            num_workers=cfg.DATALOADER.NUM_WORKERS,
+            num_workers=reading_processes(cfg.DATALOADER.NUM_WORKERS),
         )
         for records in (_records(spec.train), _records((spec.test,)))
     )
@@ -130,7 +131,13 @@ def _draw_per_class(data: Labelled, count: int, *, seed: int) -> Labelled:
 def fine_tune_config(suite: Suite, spec: SetSpec, protocol: ProtocolSpec) -> CfgNode:
     """The Detectron2 config that a cell trains: an ordinary one, which a user can also run by hand."""
     where = f"TRANSFER.SETS.{spec.name} with TRANSFER.PROTOCOLS.{protocol.name}"
-    return head_config(_as_source(spec, protocol), suite.cfg, where=where)
+    cfg = head_config(_as_source(spec, protocol), suite.cfg, where=where)
+    cfg.defrost()
+    cfg.SOLVER.IMS_PER_BATCH = protocol.ims_per_batch
+    # Detectron2's trainers have no lower precision on a CPU.
+    cfg.SOLVER.AMP.ENABLED = suite.cfg.SOLVER.AMP.ENABLED and suite.cfg.MODEL.DEVICE.startswith("cuda")
+    cfg.freeze()
+    return cfg
 
 
 def check_heads(suite: Suite) -> None:

@@ -14,10 +14,11 @@ from detectron2.data import DatasetCatalog, MetadataCatalog
 from ..config import check_config_file
 from ..data.builtin import dataset_root, register_datasets
 from ..data.check import check_records, check_same_classes
+from ..data.sources import check_labels
 from ..evaluation.build import METRICS
 from ..modeling.expanded import STAGES
 from ..modeling.heads import find_config
-from ..settings import usable_device
+from ..settings import AMP_PRECISIONS, usable_device
 from ..specs import ConfigError, DatasetSpec, nearest, parse_datasets, parse_record
 
 FAMILIES = ("classification", "detection", "segmentation")
@@ -127,7 +128,7 @@ class Suite:
 
     def _common(self, spec: SetSpec) -> dict[str, Any]:
         names = sorted({*spec.train, spec.test})
-        timm = self.cfg.MODEL.BACKBONE.TIMM
+        timm, precision = self.cfg.MODEL.BACKBONE.TIMM, self.cfg.XLEARNER.AMP_PRECISION
         return {
             "set": {key: value for key, value in asdict(spec).items() if key != "protocols"},
             "data": {name: _given(self.datasets[name]) for name in names if name in self.datasets},
@@ -135,6 +136,7 @@ class Suite:
             "input": [self.cfg.INPUT.FORMAT, self.cfg.MODEL.PIXEL_MEAN, self.cfg.MODEL.PIXEL_STD],
             "amp": self.cfg.SOLVER.AMP.ENABLED,
             **({"timm": timm} if timm else {}),
+            **({"precision": precision} if precision != AMP_PRECISIONS[0] else {}),
         }
 
 
@@ -307,8 +309,10 @@ def check_data(suite: Suite, *, check_images: int) -> None:
     problems = []
     for spec in suite.sets.values():
         names = (*spec.train, spec.test)
-        found = [f for name in names for f in _check_dataset(name, check_images)]
-        problems += [f"{spec.name}: {problem}" for problem in found or check_same_classes(names)]
+        found = [f for name in names for f in _check_dataset(name, check_images)] or check_same_classes(names)
+        if not found and any(suite.protocols[name].kind != "fine_tune" for name in spec.protocols):
+            found = check_labels(names, {name: DatasetCatalog.get(name) for name in names})
+        problems += [f"{spec.name}: {problem}" for problem in found]
     if problems:
         raise ConfigError(problems, what="The suite's data")
 
