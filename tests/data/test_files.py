@@ -1,5 +1,7 @@
 """Paths of files inside tar files and of label images, opened as Detectron2 opens files."""
 
+import struct
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -51,6 +53,21 @@ def test_reduced_labels(tmp_path_factory: pytest.TempPathFactory, labels: np.nda
 def test_black_and_white_labels_are_0_and_1(tmp_path: Path) -> None:
     Image.fromarray(np.array([[0, 255], [255, 0]], np.uint8)).convert("1").save(tmp_path / "a.png")
     assert utils.read_image(label_path(tmp_path / "a.png"), "L")[..., 0].tolist() == [[0, 1], [1, 0]]
+
+
+@pytest.mark.parametrize("bits", [2, 4])
+def test_grey_labels_of_few_bits(tmp_path: Path, bits: int) -> None:
+    """Which Pillow reads as shades from black to white."""
+    wanted = np.arange(2**bits, dtype=np.uint8)[None]
+    packed = np.packbits(np.unpackbits(wanted.T, axis=1)[:, -bits:].ravel()).tobytes()
+
+    def chunk(kind: bytes, content: bytes) -> bytes:
+        return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
+
+    header = struct.pack(">IIBBBBB", wanted.size, 1, bits, 0, 0, 0, 0)
+    chunks = chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(b"\0" + packed)) + chunk(b"IEND", b"")
+    (tmp_path / "a.png").write_bytes(b"\x89PNG\r\n\x1a\n" + chunks)
+    assert utils.read_image(label_path(tmp_path / "a.png"), "L")[..., 0].tolist() == wanted.tolist()
 
 
 def test_labels_that_are_no_indices(tmp_path: Path) -> None:

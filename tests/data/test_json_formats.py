@@ -189,6 +189,14 @@ def test_lvis_equals_coco_but_for_its_own_lists(tmp_path: Path) -> None:
         (drop("categories", 0, "frequency"), r"categories\[0\] has the frequency None, but r, c or f"),
         (drop("images", 0, "coco_url"), r"images\[0\] \(id 2\) has the file_name None, but a path below IMAGES"),
         (put("annotations", 0, "category_id", 1), r"has the category_id 1, but one of the ids in 'categories'"),
+        (
+            put("annotations", 0, "segmentation", [[0, 0, 4, 4, 1]]),
+            r"\(id \d+\) has a polygon of 5 numbers, but an even",
+        ),
+        (
+            put("annotations", 0, "segmentation", [[0, 0, 4, 4]]),
+            r"has a polygon of 4 numbers, but an even .* at least 6",
+        ),
     ],
 )
 def test_bad_lvis(change: Callable[[Json], None], message: str, tmp_path: Path) -> None:
@@ -227,7 +235,32 @@ def test_coco_persons_flip_as_in_detectron2() -> None:
     }
 
 
-NAMES = st.lists(st.from_regex(r"(l|r|left|Right|R)?_?(ear|eye|tail)_?(left|R)?", fullmatch=True), unique=True)
+@pytest.mark.parametrize(
+    "pair",
+    [
+        ("LeftEye", "RightEye"),
+        ("eyeLeft", "eyeRight"),
+        ("leftShoulder", "rightShoulder"),
+        ("LEye", "REye"),
+        ("EyeL", "EyeR"),
+        ("l_eye", "r_eye"),
+        ("LEFT EYE", "RIGHT EYE"),
+        ("eye.l", "eye.r"),
+    ],
+)
+def test_sides_however_they_are_written(pair: tuple[str, str]) -> None:
+    assert flip_map(["nose", *pair, "lip", "rip"]) == [pair]
+
+
+def test_keypoints_of_which_none_swap_are_told(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    write_coco(tmp_path, keypoint_json(["nose", "tip"]))
+    register_datasets([COCO_SPEC], tmp_path)
+    assert "none swap in a mirrored image: nose, tip" in caplog.text
+
+
+NAMES = st.lists(
+    st.from_regex(r"(l|r|left|Right|R|lEft)?_?(ear|Eye|tail)_?(left|R|Right)?", fullmatch=True), unique=True
+)
 
 
 @given(NAMES)

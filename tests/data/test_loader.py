@@ -14,8 +14,9 @@ from PIL import Image
 from torch import Tensor
 
 from xlearner_d2.data.classification import ClassificationMapper
-from xlearner_d2.data.loader import build_joint_train_loader, build_test_loader, group_by_source, start_at
+from xlearner_d2.data.loader import JointDataset, build_joint_train_loader, build_test_loader, group_by_source, start_at
 from xlearner_d2.data.mappers import SourceMapper
+from xlearner_d2.data.samplers import Draw
 from xlearner_d2.settings import add_head_config
 from xlearner_d2.specs import SourceSpec
 
@@ -135,6 +136,29 @@ def test_missing_image_names_source_and_file(heads: Any, records: Any) -> None:
 def test_source_without_records(heads: Any, records: Any) -> None:
     with pytest.raises(ValueError, match="Source 'boxes' has no images"):
         batches(heads, {**records, "boxes": []})
+
+
+class Picky:
+    """Leaves out all but some records, as mappers of other projects may."""
+
+    def __init__(self, taken: set[int]):
+        self.taken = taken
+
+    def __call__(self, record: dict[str, Any]) -> dict[str, Any] | None:
+        return dict(record) if record["image_id"] in self.taken else None
+
+
+def test_a_record_that_a_mapper_leaves_out_is_replaced() -> None:
+    records = [{"file_name": f"{number}.png", "image_id": number} for number in range(10)]
+    mapper = SourceMapper("pics", Picky({2, 5}))
+    data = JointDataset(records={"pics": records}, mappers={"pics": mapper})
+    found = [data[Draw("pics", index, seed)]["image_id"] for index in range(10) for seed in range(8)]
+    assert set(found) == {2, 5}
+    assert found == [data[Draw("pics", index, seed)]["image_id"] for index in range(10) for seed in range(8)]
+    assert data[Draw("pics", 5, 3)] == {**records[5], "source": "pics"}
+    nothing = JointDataset(records={"pics": records}, mappers={"pics": SourceMapper("pics", Picky(set()))})
+    with pytest.raises(RuntimeError, match=r"source 'pics': its mapper left out 4\.png and 99 other images"):
+        nothing[Draw("pics", 4, 0)]
 
 
 def test_mapper_error_of_a_nameless_record_is_kept() -> None:

@@ -116,6 +116,13 @@ def test_bad_samples(sample: dict[str, Any], message: str, tmp_path: Path) -> No
         register_datasets([changed(spec, classes=("heron", "stork"))], tmp_path)
 
 
+def test_a_number_that_is_no_class_of_numbers(tmp_path: Path) -> None:
+    """It might be an index, or a slip."""
+    spec = write_tar(tmp_path, {"__key__": "a", "jpg": jpg(0), "cls": 1})
+    with pytest.raises(ConfigError, match=r"'a' has the label '1', but one of the 3 classes is expected"):
+        register_datasets([changed(spec, classes=("5", "7", "9"))], tmp_path)
+
+
 def test_repeated_keys(tmp_path: Path) -> None:
     for name in ("a.tar", "b.tar"):
         write_tar(tmp_path, {"__key__": "x", "jpg": jpg(0), "cls": 0}, name=name)

@@ -167,6 +167,12 @@ def test_voc_incomplete_annotation(tmp_path, register):
         build_evaluator(name, output_dir=None)
 
 
+def test_voc_empty_field(tmp_path, register):
+    name = _voc(tmp_path, register, extra="<pose>Left</pose><truncated/>")
+    with pytest.raises(ValueError, match=r"a\.xml: Pascal VOC evaluation needs name, pose, truncated, difficult"):
+        build_evaluator(name, output_dir=None)
+
+
 def _sem_seg(tmp_path, register, labels, *, ignore=255):
     Image.fromarray(labels).save(tmp_path / "a_label.png")
     records = [{"file_name": "a.png", "sem_seg_file_name": str(tmp_path / "a_label.png"), "image_id": 0}]

@@ -161,6 +161,38 @@ def test_panoptic_quality_by_hand(panoptic: str, columns: int, wanted: float) ->
     assert main_metric(evaluator.evaluate()) == {"panoptic_seg/PQ": pytest.approx(wanted)}
 
 
+def test_panoptic_images_of_one_name_in_two_folders(panoptic: str, tmp_path: Path) -> None:
+    """Each is found as it is, so both have to be scored by their own labels."""
+    content = json.loads((tmp_path / "json").read_text())
+    (image,), (annotation,) = content["images"], content["annotations"]
+    content["images"] = [{**image, "id": ord(folder), "file_name": f"{folder}/0.png"} for folder in "ab"]
+    content["annotations"] = []
+    for folder, columns in (("a", 4), ("b", 6)):
+        for place in ("images", "labels"):
+            (tmp_path / place / folder).mkdir()
+        ids = np.full((8, 8), 5)
+        ids[:, :columns] = 60000
+        Image.fromarray(id2rgb(ids)).save(tmp_path / "labels" / folder / "0.png")
+        Image.fromarray(np.zeros((8, 8, 3), np.uint8)).save(tmp_path / "images" / folder / "0.png")
+        thing, stuff = annotation["segments_info"]
+        segments = [{**thing, "area": 8 * columns}, {**stuff, "area": 8 * (8 - columns)}]
+        where = {"image_id": ord(folder), "file_name": f"{folder}/0.png"}
+        content["annotations"].append({**where, "segments_info": segments})
+    (tmp_path / "twice").write_text(json.dumps(content))
+    keys = {"images": "images", "annotations": "twice", "labels": "labels"}
+    register_datasets([DatasetSpec(name="eval_folders", format="coco_panoptic", **keys)], tmp_path)
+    evaluator = build_evaluator("eval_folders", output_dir=None)
+    evaluator.reset()
+    infos = [{"id": 1, "category_id": 1, "isthing": True}, {"id": 2, "category_id": 0, "isthing": False}]
+    found = []
+    for columns in (4, 6):
+        ids = torch.full((8, 8), 2, dtype=torch.int32)
+        ids[:, :columns] = 1
+        found.append({"panoptic_seg": (ids, [dict(info) for info in infos])})
+    evaluator.process(DatasetCatalog.get("eval_folders"), found)
+    assert main_metric(evaluator.evaluate()) == {"panoptic_seg/PQ": pytest.approx(100.0)}
+
+
 def keypoint_set(root: Path, names: list[str]) -> str:
     points = [value for number in range(len(names)) for value in (10 + 3 * number, 10, 2)]
     annotation = {"id": 1, "image_id": 1, "category_id": 1, "bbox": [5, 5, 40, 40], "keypoints": points}

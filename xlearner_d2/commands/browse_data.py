@@ -69,7 +69,8 @@ def seen_in_test(plan: Plan, source: SourceSpec, count: int) -> Iterator[tuple[s
     mapper = build_mapper(without_augmentation(plan.heads[source.name]), is_train=not is_classifier(plan, source))
     for name, records in plan.data[source.name].test.items():
         step = max(len(records) // count, 1)
-        yield name, [mapper(record) for record in records[: step * count : step]]
+        mapped = (mapper(record) for record in records[: step * count : step])
+        yield name, [record for record in mapped if record is not None]
 
 
 def is_classifier(plan: Plan, source: SourceSpec) -> bool:

@@ -15,6 +15,7 @@ from pycocotools import mask as rle
 from ..extensions import rgb2id
 from .depth import read_depth
 from .files import shown
+from .polygons import no_polygon
 from .problems import Problems
 
 logger = logging.getLogger(__name__)
@@ -119,6 +120,8 @@ def _judge_rle(mask: Record, size: tuple[int, int]) -> str:
 
 def _judge_polygons(polygons: list[list[float]], item: Record) -> str:
     """Polygons that are of another size of the image than the box are seldom where it is."""
+    if wrong := no_polygon(polygons):
+        return wrong
     points = np.concatenate([np.reshape(polygon, (-1, 2)) for polygon in polygons])  # (N, 2)
     box = np.reshape(BoxMode.convert(item["bbox"], item["bbox_mode"], BoxMode.XYXY_ABS), (2, 2))
     if (points.max(0) < box[0] - 1).any() or (points.min(0) > box[1] + 1).any():

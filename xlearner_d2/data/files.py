@@ -20,6 +20,8 @@ _LABEL_PATH = re.compile(rf"{_LABEL}(?:reduce-zero-to-(?P<ignored>\d+))?@(?P<fil
 #: Modes of Pillow whose pixels are indices; "I;16" and "I" are 16-bit PNGs, "1" is black and white.
 _INDEX_MODES = ("L", "P", "1", "I;16", "I")
 _MAX_LABEL = 255
+#: Grey PNGs of 2 and 4 bits, as Pillow names them, and what it multiplies their values by.
+_SCALED = {"L;2": 85, "L;4": 17}
 
 
 def tar_member_path(tar: str | os.PathLike[str], *, offset: int, size: int, name: str) -> str:
@@ -129,7 +131,8 @@ def _read_indices(file: str) -> np.ndarray:
         if image.mode not in _INDEX_MODES:
             text = "but class indices in one channel or with a palette are expected"
             raise ValueError(f"it has several channels (mode {image.mode}), {text}")
-        indices = np.array(image)
+        factor = _SCALED.get(str(image.tile[0][3]), 1) if image.tile else 1
+        indices = np.array(image) // factor
     if indices.dtype != bool and indices.max(initial=0) > _MAX_LABEL:
         raise ValueError(f"it has the label {indices.max()}, but at most {_MAX_LABEL} is expected")
     return indices.astype(np.uint8)

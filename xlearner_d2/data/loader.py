@@ -16,7 +16,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from ..specs import SourceSpec
 from .balance import build_stream
-from .mappers import Record, SourceMapper, build_mapper
+from .mappers import Record, SourceMapper, build_mapper, map_one
 from .samplers import Draw, JointSampler
 
 
@@ -33,7 +33,7 @@ class JointDataset(Dataset[Record]):
         self.mappers = dict(mappers)
 
     def __getitem__(self, draw: Draw) -> Record:
-        return self.mappers[draw.source](self.records[draw.source][draw.index], draw.seed)
+        return map_one(self.mappers[draw.source], self.records[draw.source], draw.index, seed=draw.seed)
 
 
 def group_by_source(batch: Sequence[Record]) -> dict[str, list[Record]]:

@@ -6,7 +6,7 @@ Boxes, masks, keypoints and semantic labels are mapped by Detectron2's own ``Dat
 
 import inspect
 import random
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, Protocol
 
@@ -25,7 +25,10 @@ from .rotated import RotatedMapper, has_rotated_boxes
 from .stock_mapper import build_stock_mapper
 
 Record = dict[str, Any]
-Mapper = Callable[[Record], Record]
+#: Records that are tried until a mapper takes one.
+_TRIES = 100
+#: Gives a record, or None to leave it out.
+Mapper = Callable[[Record], Any]
 
 
 class MapperBuilder(Protocol):
@@ -75,23 +78,44 @@ def _third_party_mapper(head: CfgNode) -> Mapper:
 class SourceMapper:
     """Call a source's mapper with random state of its own, stamp the source, and name the file when it fails."""
 
-    def __init__(self, source: str, mapper: Callable[[Record], Record]):
+    def __init__(self, source: str, mapper: Mapper):
         self.source = source
         self.mapper = mapper
 
-    def __call__(self, record: Record, seed: int) -> Record:
+    def __call__(self, record: Record, seed: int) -> Record | None:
         """Map one record; the same seed gives the same augmentation in any process.
+
+        Returns:
+            None where the mapper leaves the record out, as those of third parties may.
 
         Raises:
             RuntimeError: from the mapper's own error, naming source and file.
         """
         try:
             with _augmentation_seed(seed):
-                return {**self.mapper(record), "source": self.source}
+                mapped = self.mapper(record)
         except Exception as error:
             file = files.shown(str(record.get("file_name")))
             message = f"source {self.source!r} could not read {file}: {error!r}"
             raise RuntimeError(message) from error
+        return None if mapped is None else {**mapped, "source": self.source}
+
+
+def map_one(mapper: SourceMapper, records: Sequence[Record], index: int, *, seed: int) -> Record:
+    """Map a record or, if its mapper leaves that out, others that the seed draws until one is taken.
+
+    Raises:
+        RuntimeError: when many are left out one after another, or see :class:`SourceMapper`.
+    """
+    others = np.random.default_rng(seed)
+    chosen = index
+    for _ in range(_TRIES):
+        if (mapped := mapper(records[chosen], seed)) is not None:
+            return mapped
+        chosen = int(others.integers(len(records)))
+    file = files.shown(str(records[index].get("file_name")))
+    tried = f"its mapper left out {file} and {_TRIES - 1} other images one after another"
+    raise RuntimeError(f"source {mapper.source!r}: {tried}.")
 
 
 @contextmanager

@@ -7,7 +7,7 @@ import torch
 from detectron2.utils.events import EventStorage
 from torch import Tensor, nn
 
-from ..data.mappers import SourceMapper, build_mapper
+from ..data.mappers import SourceMapper, build_mapper, map_one
 from ..modeling import XLearner
 from ..specs import ConfigError, SourceSpec
 from .plan import Plan
@@ -63,7 +63,8 @@ def _step(plan: Plan, model: XLearner, stage: str, together: float, by_branch: f
     network = max(_num_parameters(branch) for branch in model.backbone.branches.values())
     student = each * (network + _num_parameters(model.heads))
     if stage == "squeeze":
-        return 4 * _num_parameters(model) + student, together
+        copies = 2 if "expand" in plan.stages else 1  # the trained model waits for its report
+        return copies * 4 * _num_parameters(model) + student, together
     if plan.cfg.XLEARNER.SQUEEZE.ONLINE:
         return expansion + student, max(together, by_branch)
     return expansion, by_branch
@@ -116,7 +117,7 @@ def _leaves_of(losses: Iterable[Tensor]) -> set[Tensor]:
 def _images(plan: Plan, source: SourceSpec) -> list[dict[str, Any]]:
     mapper = SourceMapper(source.name, build_mapper(plan.heads[source.name], is_train=True))
     records = plan.data[source.name].train
-    return [mapper(records[number % len(records)], seed=number) for number in range(_NUM_IMAGES)]
+    return [map_one(mapper, records, number % len(records), seed=number) for number in range(_NUM_IMAGES)]
 
 
 @torch.no_grad()

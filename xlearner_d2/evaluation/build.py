@@ -260,7 +260,9 @@ def evaluator_type(dataset_name: str, head: CfgNode | None = None) -> str | None
     """What is evaluated: what the data set's metadata says, unless its head learns something else from it."""
     if head is not None and head.MODEL.META_ARCHITECTURE == "ImageClassifier" and head.MODEL.CLASSIFIER.MULTI_LABEL:
         return "multi_label"
-    return MetadataCatalog.get(dataset_name).get("evaluator_type", None)
+    kind = MetadataCatalog.get(dataset_name).get("evaluator_type", None)
+    # Detectron2 has Cityscapes' own scripts for it, which need its folders; its mIoU is that of all other data.
+    return "sem_seg" if kind == "cityscapes_sem_seg" else kind
 
 
 def _known_type(dataset_name: str, head: CfgNode | None) -> str:

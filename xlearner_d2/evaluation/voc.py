@@ -60,7 +60,7 @@ class PresentClassesVOCEvaluator(PascalVOCDetectionEvaluator):
         for file in files:
             try:
                 objects = parse_rec(file)
-            except (AttributeError, ValueError) as error:
+            except (AttributeError, TypeError, ValueError) as error:
                 raise ValueError(
                     f"{file}: Pascal VOC evaluation needs name, pose, truncated, difficult and a bndbox of whole "
                     f"numbers for each object ({error})."

@@ -7,7 +7,7 @@ from typing import Any
 from torch.utils.data import DataLoader, Dataset
 
 from ..data.loader import kill_readers_at_exit, prepare_process, reading_processes
-from ..data.mappers import SourceMapper
+from ..data.mappers import SourceMapper, map_one
 from ..data.samplers import Draw, JointSampler
 from ..data.streams import Shuffled
 
@@ -25,8 +25,8 @@ class Mapped(Dataset[dict[str, Any]]):
     ):
         self._records = records
         self._mapper = mapper
-        self.is_kept = fixed and mapper(records[0], 0)["image"].nbytes * len(records) <= max_bytes
-        self._kept = [mapper(record, 0) for record in records] if self.is_kept else []
+        self.is_kept = fixed and map_one(mapper, records, 0, seed=0)["image"].nbytes * len(records) <= max_bytes
+        self._kept = [map_one(mapper, records, index, seed=0) for index in range(len(records))] if self.is_kept else []
 
     def __len__(self) -> int:
         return len(self._records)
@@ -36,7 +36,7 @@ class Mapped(Dataset[dict[str, Any]]):
 
     def draw(self, index: int, *, seed: int) -> dict[str, Any]:
         """One record, augmented by ``seed``."""
-        return self._kept[index] if self.is_kept else self._mapper(self._records[index], seed)
+        return self._kept[index] if self.is_kept else map_one(self._mapper, self._records, index, seed=seed)
 
 
 class _Drawn(Dataset[dict[str, Any]]):

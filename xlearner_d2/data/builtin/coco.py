@@ -123,8 +123,8 @@ def check_images(items: list[dict[str, Any]], file: Path, problems: Problems) ->
             got = repr(item.get("file_name"))
             problems.add("wrong file names", f"{where} has the file_name {got}, but a path below IMAGES is expected.")
         for key in ("height", "width"):
-            if not _is_number(item.get(key)) or item[key] < 1:
-                text = f"{where} has the {key} {item.get(key)!r}, but a positive number of pixels is expected."
+            if type(item.get(key)) is not int or item[key] < 1:  # True is an int, too
+                text = f"{where} has the {key} {item.get(key)!r}, but a whole positive number of pixels is expected."
                 problems.add("wrong image sizes", text)
     return found
 

@@ -9,9 +9,10 @@ from detectron2.utils.colormap import colormap
 
 logger = logging.getLogger(__name__)
 
-#: A word for a side, alone or between separators, and its opposite.
+#: What names a side, and its opposite.
 _SIDES = {"left": "right", "right": "left", "l": "r", "r": "l"}
-_SIDE = re.compile(r"(?<![a-z])(left|right|l|r)(?![a-z])", re.IGNORECASE)
+#: The words anywhere; letters that stand alone, or begin or end a name of words that are written together (LEye, EyeL).
+_SIDE = re.compile(r"(?i:left|right)|(?<![A-Za-z])[lLrR](?![a-z])|(?<=[a-z])[LR](?![A-Za-z])")
 
 
 def keypoint_names(category: dict[str, Any]) -> list[str]:
@@ -33,9 +34,15 @@ def keypoint_metadata(categories: Sequence[dict[str, Any]], subject: str) -> dic
     if any(keypoint_names(category) != names for category in listed) or len(set(names)) < len(names):
         logger.warning("%s: keypoints cannot be used, as all classes need the same ones, each once.", subject)
         return {}
+    pairs = flip_map(names)
+    if not pairs:
+        text = (
+            "%s: no keypoints differ in left and right, or in l and r, alone, so that none swap in a mirrored image: %s"
+        )
+        logger.warning(text, subject, ", ".join(names))
     return {
         "keypoint_names": names,
-        "keypoint_flip_map": flip_map(names),
+        "keypoint_flip_map": pairs,
         "keypoint_connection_rules": _connections(names, listed[0].get("skeleton")),
     }
 
@@ -44,10 +51,14 @@ def flip_map(names: Sequence[str]) -> list[tuple[str, str]]:
     """Pairs that swap when an image is mirrored: names that differ in left and right, or in l and r, alone."""
     pairs = []
     for name in names:
-        other = _SIDE.sub(lambda found: _opposite(found[0]), name)
-        if other != name and other in names and (other, name) not in pairs:
+        other = _mirrored(name)
+        if other != name and other in names and _mirrored(other) == name and (other, name) not in pairs:
             pairs.append((name, other))
     return pairs
+
+
+def _mirrored(name: str) -> str:
+    return _SIDE.sub(lambda found: _opposite(found[0]), name)
 
 
 def _opposite(side: str) -> str:

@@ -22,13 +22,19 @@ def find_classes(spec: DatasetSpec, root: Path, labels: Iterable[str]) -> list[s
 
 
 def class_index(label: str, classes: Mapping[str, int]) -> int | None:
-    """Index of a label that is the name of a class or, as no name is that number, its index; None for any other."""
+    """Index of a label that is the name of a class or, where no name is a number, its index; None for any other."""
     if label in classes:
         return classes[label]
-    return int(label) if label.isdecimal() and int(label) < len(classes) else None
+    return int(label) if label.isdecimal() and int(label) < len(classes) and not _are_numbered(classes) else None
 
 
 def unknown_label(label: str, classes: Mapping[str, int]) -> str:
     """In words: what was expected instead of a label."""
     count = len(classes)
-    return f"one of the {count} classes, or a number from 0 to {count - 1}, is expected.{nearest(label, classes)}"
+    number = "" if _are_numbered(classes) else f", or a number from 0 to {count - 1},"
+    return f"one of the {count} classes{number} is expected.{nearest(label, classes)}"
+
+
+def _are_numbered(classes: Mapping[str, int]) -> bool:
+    """Whether a number may be the name of a class."""
+    return any(name.isdecimal() for name in classes)

@@ -13,6 +13,7 @@ from typing import Any
 from detectron2.structures import BoxMode
 
 from ...specs import DatasetSpec
+from ..polygons import no_polygon
 from ..problems import Problems
 from .coco import check_annotations, check_categories, check_images, parse_json
 from .common import Records, add_to_catalogs, fail, find_folder, raise_if_any, subject
@@ -37,6 +38,7 @@ def register(spec: DatasetSpec, root: Path) -> None:
     ids = check_images(data["images"], file, problems)
     check_annotations(data["annotations"], file, classes, ids, problems, num_keypoints={})
     _check_federated(data, file, classes, problems)
+    _check_polygons(data["annotations"], file, problems)
     raise_if_any(problems)
     by_id = {item["id"]: item for item in data["categories"]}
     add_to_catalogs(
@@ -72,6 +74,14 @@ def _check_federated(data: dict[str, Any], file: Path, classes: Mapping[int, str
         if item.get("frequency") not in ("r", "c", "f"):
             got, text = item.get("frequency"), "r, c or f (rare, common, frequent) is expected"
             problems.add("wrong frequencies", f"{file}: categories[{number}] has the frequency {got!r}, but {text}.")
+
+
+def _check_polygons(annotations: list[dict[str, Any]], file: Path, problems: Problems) -> None:
+    """Those that Detectron2's reader of COCO json leaves out, and its reader of LVIS refuses."""
+    for number, item in enumerate(annotations):
+        if isinstance(mask := item.get("segmentation"), list) and (wrong := no_polygon(mask)):
+            text = f"{file}: annotations[{number}] (id {item.get('id')!r}) {wrong}."
+            problems.add("malformed polygons", text)
 
 
 def _read(spec: DatasetSpec, file: Path, images: Path, categories: list[int]) -> Records:
