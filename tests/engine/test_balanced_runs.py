@@ -50,6 +50,13 @@ def test_idle_parameters_stay_bit_for_bit(project, workers):
     assert {"loss_hint_classification", "boxes/loss_mask"} <= set().union(*lines)
 
 
+def test_steps_alternate_with_momentum_too(project):
+    """In the squeeze, whose student all heads share, as in the expansion."""
+    only_training(project, 4)
+    project.run("SOLVER.OPTIMIZER", "SGD", "SOLVER.BASE_LR", 0.001)
+    assert (project.root / "out/student_d2.pth").is_file()
+
+
 @pytest.mark.parametrize(
     ("options", "images"),
     [

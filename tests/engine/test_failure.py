@@ -118,7 +118,7 @@ def test_two_workers_keep_what_failed_and_end(project: Project, tmp_path: Path, 
             if rank == 1:
                 spoil(patch, after=0)
             try:
-                work(lambda: project.run(*opts), host="127.0.0.1", silence=60, may_tell=lambda: True)
+                work(lambda: project.run(*opts), host="127.0.0.1", silence=60, stuck=60, may_tell=lambda: True)
             except RunStopped as stop:
                 print(stop.message, file=sys.stderr)
                 raise

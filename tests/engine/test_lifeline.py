@@ -1,6 +1,7 @@
 """Workers notice each other's end, whatever it is, and nothing else; in forked processes."""
 
 import json
+import multiprocessing
 import os
 import signal
 import socket
@@ -10,6 +11,7 @@ import time
 import pytest
 from processes import LONG, Processes
 
+from xlearner_d2.engine import lifeline
 from xlearner_d2.engine.lifeline import Lifeline, admit, knock, open_door
 
 TOKEN = "a shared secret"
@@ -136,6 +138,20 @@ def test_those_who_leave_end_nothing_and_the_others_are_still_watched(run):
 
     assert run(listen, leave, die_later) == {0: [(2, "gone", GONE)], 1: []}
     assert run(leave, leave, leave) == {0: [], 1: [], 2: []}
+
+
+@pytest.mark.parametrize("spoke", [True, False])
+def test_who_stood_still_itself_reads_before_it_takes_another_for_silent(monkeypatch, spoke):
+    """As when another thread keeps the interpreter: what was said meanwhile has not been read yet."""
+    monkeypatch.setattr(lifeline, "wait", lambda peers, seconds: time.sleep(0.5) or [])
+    own, other = multiprocessing.Pipe()
+    learned, deadline = [], time.monotonic() + 2
+    line = Lifeline(rank=0, peers={1: own}, silence=0.3, on_end=learned.append)
+    while line.wait(0.1) is None and time.monotonic() < deadline:
+        if spoke:
+            other.send_bytes(json.dumps({"type": "alive"}).encode())
+    line.close()
+    assert [end.kind for end in learned] == ([] if spoke else ["silent"])
 
 
 def test_strangers_are_turned_away():

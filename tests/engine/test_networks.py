@@ -119,6 +119,22 @@ def test_branches_start_as_the_trunk_of_hard_sharing(project: Project, tmp_path:
         assert all(torch.equal(of, alone[stage]) for stage, of in model.backbone(images, task).items()), task
 
 
+def test_a_branch_may_start_anew_where_others_go_on(project: Project, tmp_path: Path) -> None:
+    stage = ["XLEARNER.STAGE", "expand", "SOLVER.MAX_ITER", 1]
+    project.run(*stage)
+    file = project.root / "out/expanded.pth"
+    opts = ["MODEL.WEIGHTS", file, of_task("detection", "WEIGHTS"), "random", "OUTPUT_DIR", tmp_path / "again"]
+    plan = plan_of(project, *stage, *opts)
+    torch.manual_seed(5)
+    model = build_model(plan.cfg)
+    fresh = {name: value.clone() for name, value in model.state_dict().items()}
+    initialise_branches(model, plan.cfg, plan.branches)
+    trained = weights(file)
+    for name, value in model.state_dict().items():
+        anew = name.startswith("backbone.branches.detection.")
+        assert torch.equal(value, (fresh if anew else trained)[name]), name
+
+
 FILE = "{file}"
 #: settings -> message
 REFUSED: dict[str, tuple[list[Any], str]] = {
@@ -164,6 +180,10 @@ REFUSED: dict[str, tuple[list[Any], str]] = {
     "layers between branches with a norm that does not fit": (
         [GLOBAL, CONVNEXT, "MODEL.RESNETS.NORM", "GN"],
         r"Reconciliation layers with MODEL\.RESNETS\.NORM 'GN' do not fit these branches: .*divisible",
+    ),
+    "hints of channels that have no Hadamard matrix": (
+        [GLOBAL, CONVNEXT, "XLEARNER.SQUEEZE.NORMALISER", "phi_s"],
+        r"TEACHER_STAGES has res4 for res5 of the student, which has \d+ channels, but phi_s needs powers of two",
     ),
     "head with a res5 of its own": (
         [GLOBAL, CONVNEXT, "XLEARNER.SOURCES.boxes.CONFIG", "COCO-Detection/faster_rcnn_R_50_C4_1x.yaml"],

@@ -205,3 +205,36 @@ def test_what_is_loaded_goes_on_with_the_settings_of_now(kind: str) -> None:
     assert [group["weight_decay"] for group in resumed.param_groups] == [0.05, 0.01]
     assert [group["weight_decay"] for group in changed.param_groups] == [0.02, 0.01]
     assert [group.get("momentum") for group in changed.param_groups] == [0.5 if kind == "SGD" else None] * 2
+
+
+@pytest.mark.parametrize("nesterov", [False, True])
+def test_momentum_of_heads_that_take_turns_is_that_of_torch(nesterov: bool) -> None:
+    """A trunk learns in every step, each of two heads in every other one."""
+    cfg = config("SOLVER.OPTIMIZER", "SGD", "SOLVER.NESTEROV", nesterov)
+    model = nn.ModuleList([nn.Linear(4, 4), nn.Linear(4, 2), nn.Linear(4, 2)])
+    plain = copy.deepcopy(model)
+    ours, theirs = make_optimizer(cfg, model), reference(cfg, plain)
+    for step in range(4):
+        images = torch.randn(3, 4, generator=torch.Generator().manual_seed(step))
+        for layers, optimizer in ((model, ours), (plain, theirs)):
+            optimizer.zero_grad(set_to_none=True)
+            trunk, head = layers[0], layers[1 + step % 2]
+            (head(trunk(images)) ** 2).sum().backward()
+            optimizer.step()
+    for own, other in zip(model.parameters(), plain.parameters(), strict=True):
+        torch.testing.assert_close(own, other)
+
+
+def test_a_first_step_that_a_loss_scaler_skips_leaves_no_momentum() -> None:
+    cfg = config("SOLVER.OPTIMIZER", "SGD", "SOLVER.CLIP_GRADIENTS.ENABLED", False)
+    model = nn.Linear(4, 2)
+    before = copy.deepcopy(model.state_dict())
+    optimizer, scaler = make_optimizer(cfg, model), torch.amp.GradScaler("cpu", init_scale=1e30)
+    torch.use_deterministic_algorithms(True)  # which fills memory that is not set with NaN
+    try:
+        scaler.scale(model(torch.full((1, 4), 1e20)).sum()).backward()
+        scaler.step(optimizer)
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    assert all(not optimizer.state[p]["momentum_buffer"].any() for p in model.parameters())

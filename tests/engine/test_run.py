@@ -1,7 +1,10 @@
 """Whole runs: both stages, resuming, evaluating, squeezing online."""
 
+import argparse
+import gc
 import json
 import re
+import weakref
 
 import pytest
 import torch
@@ -11,6 +14,9 @@ from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.modeling import build_model
 
 from xlearner_d2.checkpoint.load import read_checkpoint
+from xlearner_d2.engine import launch, trainer
+from xlearner_d2.engine.plan import make_plan
+from xlearner_d2.engine.squeeze import build_squeeze_hook, load_teacher
 from xlearner_d2.engine.squeeze_settings import squeeze_config
 from xlearner_d2.engine.steps import StepTrainer
 from xlearner_d2.specs import ConfigError
@@ -251,6 +257,51 @@ def test_branches_learn_one_after_another(project, monkeypatch, opts, passes):
     monkeypatch.setattr(StepTrainer, "_backward", lambda _, loss: (seen.append(loss), loss.backward()))
     without_extras(project).run("XLEARNER.STAGE", "expand", "SOLVER.MAX_ITER", 2, *opts)
     assert len(seen) == 2 * passes
+
+
+@pytest.mark.parametrize("steps", ["joint", "alternating"])
+def test_of_a_finished_expansion_only_the_model_is_left(project, monkeypatch, steps):
+    """It waits for its report while the student learns, but what trained it is not needed any more."""
+    made = []
+    build = trainer.build_step_trainer
+    monkeypatch.setattr(
+        trainer, "build_step_trainer", lambda *args, **options: (made.append(build(*args, **options)), made[-1])[1]
+    )
+    without_extras(project)
+    monkeypatch.setenv("DETECTRON2_DATASETS", str(project.root / "data"))
+    plan = make_plan(project.load("XLEARNER.STEPS", steps), world_size=1)
+    (project.root / "out").mkdir()
+    model = trainer.expand(plan, resume_run=False)
+    gone = weakref.ref(made.pop())
+    gc.collect()
+    assert gone() is None
+    assert all(parameter.grad is None for parameter in model.parameters())
+
+
+def test_the_squeeze_may_be_without_mixed_precision(project, monkeypatch):
+    project.run("XLEARNER.STAGE", "expand", "SOLVER.MAX_ITER", 1)
+    monkeypatch.setenv("DETECTRON2_DATASETS", str(project.root / "data"))
+    plan = make_plan(project.load("XLEARNER.STAGE", "squeeze"), world_size=1)
+    teacher = load_teacher(plan)
+    teacher.autocast_dtype = torch.bfloat16  # as the expansion has it where SOLVER.AMP is on
+    hook = build_squeeze_hook(plan, teacher, [], max_iter=1)
+    assert hook.distiller.teacher.autocast_dtype is None
+    assert {p.dtype for p in hook.distiller.teacher.backbone.parameters()} == {torch.float32}
+
+
+def test_workers_on_gpus_are_checked_for_in_a_process_of_its_own(project, monkeypatch):
+    """Whose memory on the GPU is free again when they start."""
+    monkeypatch.setenv("DETECTRON2_DATASETS", str(project.root / "data"))
+    monkeypatch.setattr(launch, "usable_device", lambda cfg: "cuda")
+    monkeypatch.setattr(launch, "_check_devices", lambda *args: True)
+    started = []
+    monkeypatch.setattr(launch, "_launch", lambda cfg, args: started.append(args.opts))
+    arguments = {"config_file": str(project.file), "dry_run": False, "num_gpus": 2, "num_machines": 1}
+    arguments |= {"dist_url": "auto", "machine_rank": 0, "resume": False, "eval_only": False}
+    launch.start(argparse.Namespace(**arguments, opts=["SOLVER.MAX_ITER", "3"]))
+    assert started == [["SOLVER.MAX_ITER", "3", "XLEARNER.CHECK_IMAGES", "0"]]
+    with pytest.raises(ConfigError, match=r"^The configuration has 1 problem:\n  1\. SOLVER\.MAX_ITER is 0"):
+        launch.start(argparse.Namespace(**arguments, opts=["SOLVER.MAX_ITER", "0"]))
 
 
 def test_the_squeeze_has_its_own_checkpoint_period(project):

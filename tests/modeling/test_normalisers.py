@@ -102,6 +102,17 @@ def test_phi_s_settles() -> None:
     torch.testing.assert_close(normaliser.state_dict(), settled, rtol=0, atol=0)
 
 
+def test_phi_s_in_half_precision() -> None:
+    """A sum over so many positions is beyond the largest number of float16."""
+    features = 2 * torch.randn(8, 16, 50, 50, generator=torch.Generator().manual_seed(0))
+    wanted, found = PHIStandardiser(16), PHIStandardiser(16)
+    wanted.update(features)
+    with torch.autocast("cpu", torch.float16):
+        found.update(features)
+    assert found.rotation.isfinite().all()
+    torch.testing.assert_close(found.cov, wanted.cov, rtol=1e-5, atol=1e-5)
+
+
 def test_phi_s_needs_a_power_of_two() -> None:
     with pytest.raises(ValueError, match="power of 2"):
         PHIStandardiser(6)

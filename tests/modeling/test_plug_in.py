@@ -17,7 +17,7 @@ from xlearner_d2 import XLearner, add_xlearner_config
 from xlearner_d2.checkpoint.export import export_student, save_expanded
 from xlearner_d2.modeling.expanded import build_branch
 from xlearner_d2.modeling.heads import derive_tasks, head_config
-from xlearner_d2.modeling.plug_in import expanded_branch
+from xlearner_d2.modeling.plug_in import expanded_branch, load_expanded_backbone
 from xlearner_d2.specs import ConfigError, parse_sources
 
 C4 = "COCO-Detection/faster_rcnn_R_50_C4_1x.yaml"
@@ -84,6 +84,15 @@ def assert_same_features(branch: nn.Module, expanded: XLearner, task: str) -> No
         expected, found = expanded.backbone(images(), task), branch(images())
     assert set(found) == set(branch.output_shape()) <= set(expected)
     assert all(torch.equal(found[name], expected[name]) for name in found)
+
+
+def test_branches_of_timm_that_were_trained_with_frozen_stages(saved: Saved) -> None:
+    """Their norm layers have no counters of batches there."""
+    expanded, path = saved("MODEL.BACKBONE.TIMM", "resnet18", "MODEL.BACKBONE.FREEZE_AT", 2)
+    found = load_expanded_backbone(str(path)).eval()
+    with torch.no_grad():
+        own, other = expanded.backbone(images(), "detection"), found(images(), "detection")
+    assert all(torch.equal(own[name], other[name]) for name in own)
 
 
 @pytest.mark.parametrize("name", BACKBONES)

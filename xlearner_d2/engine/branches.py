@@ -211,6 +211,11 @@ def _check_hints(cfg: CfgNode, student: Branch, givers: Mapping[str, Branch]) ->
                 f"{what}, but no branch that gives hints has it, as no head reads it: name a shallower one."
             )
         larger = {task: shape.stride for task, shape in given.items() if own % shape.stride}
+        odd = {shapes[giver].channels for of in givers.values() if giver in (shapes := of.output_shape())}
+        odd = {channels for channels in odd if channels.bit_count() != 1}
+        if squeeze.NORMALISER == "phi_s" and odd:
+            wish = "phi_s needs powers of two: name another SQUEEZE.NORMALISER"
+            problems.append(f"{what}, which has {', '.join(map(str, sorted(odd)))} channels, but {wish}.")
         if larger:
             listed = ", ".join(f"that of {task} {stride}" for task, stride in larger.items())
             cure = "set MODEL.RESNETS.RES5_DILATION alike in the OPTS of their sources, or name a shallower stage"
@@ -264,12 +269,20 @@ def initialise_branches(model: XLearner, cfg: CfgNode, specs: Sequence[BranchSpe
     """
     weights = cfg.MODEL.WEIGHTS
     whole = bool(weights) and is_expanded(weights)
+    fresh = {
+        name: {key: value.clone() for key, value in branch.state_dict().items()}
+        for name, branch in model.backbone.branches.items()
+        if whole and start_of(cfg, specs, name)[1] == RANDOM
+    }
     if whole:
         checkpoint = read_checkpoint(weights)
         for problem in differing_settings(cfg, stored_config(checkpoint), CONVENTION_KEYS, f"MODEL.WEIGHTS {weights}"):
             logger.warning(f"{problem} Features differ until trained.")
         report = load_strictly(model, _from_trunk(model, checkpoint["model"]), path=weights)
         logger.info(f"Starting from the expanded model {weights}: {report}.")
+    for name, state in fresh.items():
+        model.backbone.branches[name].load_state_dict(state)
+        logger.info(f"Branch {name} starts from random weights.")
     for name, branch in model.backbone.branches.items():
         setting, path = start_of(cfg, specs, name)
         if path not in ("", RANDOM) and not (whole and setting == "MODEL.WEIGHTS"):

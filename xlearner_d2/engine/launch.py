@@ -7,6 +7,7 @@ import multiprocessing.synchronize
 import os
 import socket
 import sys
+from concurrent.futures import ProcessPoolExecutor
 from datetime import timedelta
 from urllib.parse import urlsplit
 
@@ -46,9 +47,17 @@ def start(args: argparse.Namespace) -> None:
         _check_devices(cfg, args.num_gpus, "--num-gpus")
         _check_address(args)
         # Here, because each worker would list the same problems; and decoding images once is enough.
-        validate(cfg, args, world_size=count)
+        if usable_device(cfg) == "cpu":
+            _validate(args, count)
+        else:  # a process that has used a GPU keeps some of its memory
+            with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as apart:
+                apart.submit(_validate, args, count).result()
         args.opts = [*args.opts, "XLEARNER.CHECK_IMAGES", "0"]
         _launch(cfg, args)
+
+
+def _validate(args: argparse.Namespace, count: int) -> None:
+    validate(load_config(args.config_file, args.opts), args, world_size=count)
 
 
 def _launch(cfg: CfgNode, args: argparse.Namespace) -> None:
@@ -63,7 +72,7 @@ def _launch(cfg: CfgNode, args: argparse.Namespace) -> None:
                 num_machines=args.num_machines,
                 machine_rank=args.machine_rank,
                 dist_url=args.dist_url,
-                args=(args, float(cfg.XLEARNER.TIMEOUT.SILENT), first),
+                args=(args, float(cfg.XLEARNER.TIMEOUT.SILENT), float(cfg.XLEARNER.TIMEOUT.STUCK), first),
                 timeout=timedelta(seconds=cfg.XLEARNER.TIMEOUT.STUCK),
             )
     except ProcessRaisedException as error:  # before the workers knew each other
@@ -81,11 +90,13 @@ def _launch(cfg: CfgNode, args: argparse.Namespace) -> None:
         )
 
 
-def _launched(args: argparse.Namespace, silence: float, first: multiprocessing.synchronize.Semaphore) -> None:
+def _launched(
+    args: argparse.Namespace, silence: float, stuck: float, first: multiprocessing.synchronize.Semaphore
+) -> None:
     """One worker that Detectron2 has started."""
     host = "127.0.0.1" if args.num_machines == 1 else urlsplit(args.dist_url).hostname or socket.gethostname()
     may_tell = functools.partial(first.acquire, block=False)
-    work(functools.partial(_run, args), host=host, silence=silence, may_tell=may_tell)
+    work(functools.partial(_run, args), host=host, silence=silence, stuck=stuck, may_tell=may_tell)
 
 
 def _start_in_torchrun(args: argparse.Namespace) -> None:
@@ -110,6 +121,7 @@ def _start_in_torchrun(args: argparse.Namespace) -> None:
         functools.partial(_dry_run if args.dry_run else _run, args),
         host=os.environ["MASTER_ADDR"],
         silence=cfg.XLEARNER.TIMEOUT.SILENT,
+        stuck=cfg.XLEARNER.TIMEOUT.STUCK,
         may_tell=lambda: True,
     )
     dist.destroy_process_group()
@@ -127,7 +139,10 @@ def _run(args: argparse.Namespace) -> None:
         # A worker that was spawned would spawn its loader's processes, each of which imports everything again.
         multiprocessing.set_start_method("fork", force=True)
     try:
-        run(load_config(args.config_file, args.opts), args)
+        cfg = load_config(args.config_file, args.opts)
+        if (device := usable_device(cfg)).startswith("cuda:"):
+            torch.cuda.set_device(device)
+        run(cfg, args)
     except RunStopped as stop:
         if stop.message:
             print(f"error: {stop.message}", file=sys.stderr, flush=True)

@@ -101,7 +101,17 @@ class Lifeline:
                 for rank in list(self._peers):
                     self._send(rank, {"type": "alive"})
             for rank in [rank for rank in self._peers if now - heard[rank] > self._silence]:
-                self._decide(Ending(rank, "silent", f"gave no sign of life for {self._silence:g} s"))
+                if self._has_news(rank):  # it was this worker that stood still
+                    heard[rank] = now
+                    self._read(rank)
+                else:
+                    self._decide(Ending(rank, "silent", f"gave no sign of life for {self._silence:g} s"))
+
+    def _has_news(self, rank: int) -> bool:
+        try:
+            return self._peers[rank].poll(0)
+        except (KeyError, OSError):  # closed meanwhile
+            return False
 
     def _read(self, rank: int) -> None:
         try:

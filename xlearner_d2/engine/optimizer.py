@@ -54,12 +54,26 @@ def make_optimizer(cfg: CfgNode, model: nn.Module) -> torch.optim.Optimizer:
     if solver.OPTIMIZER == "SGD":
         momentum, nesterov = solver.MOMENTUM, solver.NESTEROV
         optimizer = torch.optim.SGD(groups, lr=solver.BASE_LR, momentum=momentum, nesterov=nesterov, fused=True)
+        optimizer.register_step_pre_hook(_start_momentum)
     else:
         optimizer = AdamW(groups, lr=solver.BASE_LR, fused=True)
     optimizer.register_load_state_dict_pre_hook(_with_own_settings)
     if solver.CLIP_GRADIENTS.ENABLED:
         optimizer.register_step_pre_hook(_clipping(solver.CLIP_GRADIENTS))
     return optimizer
+
+
+@torch.no_grad()
+def _start_momentum(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
+    """Zeros, from which the first step is that of PyTorch.
+
+    PyTorch's fused step fails where some parameters had a gradient before and others did not, and keeps what memory
+    happens to hold where a loss scaler finds an infinite gradient in the first one.
+    """
+    for group in optimizer.param_groups:
+        for parameter in group["params"] if group["momentum"] else ():
+            if parameter.grad is not None and optimizer.state[parameter].get("momentum_buffer") is None:
+                optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
 
 
 def _with_own_settings(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> dict[str, Any]:

@@ -157,7 +157,7 @@ def make_plan(cfg: CfgNode, *, world_size: int) -> Plan:
         "expand": balance(asked.cfg, [s for s in asked.sources if s.name not in asked.frozen], data, world_size),
         "squeeze": balance(asked.cfg, [s for s in asked.sources if s.train], data, world_size),
     }
-    _check_drawn(asked.cfg, drawn, heads, data, world_size)
+    _check_drawn(asked, drawn, heads, data, world_size)
     return Plan(
         world_size=world_size,
         written_for=written_for,
@@ -230,18 +230,19 @@ def _read_data(asked: _Settings) -> tuple[dict[str, CfgNode], dict[str, SourceDa
 
 
 def _check_drawn(
-    cfg: CfgNode,
+    asked: _Settings,
     drawn: Mapping[str, Drawn],
     heads: Mapping[str, CfgNode],
     data: Mapping[str, SourceData],
     world_size: int,
 ) -> None:
-    """See that each source can be trained with the images that a step has of it, and tested."""
-    problems = check_weighting(cfg, drawn)
+    """See that each source can be trained with the images that a step has of it, and that all can be tested."""
+    problems = check_weighting(asked.cfg, drawn)
+    for source in asked.sources:
+        problems += check_tests(source, heads[source.name])
     for source in {(s.name, s.ims_per_batch): s for of in drawn.values() for s in of.sources}.values():
         with _collect(problems):
             problems += check_head(source, heads[source.name], world_size)
-            problems += check_tests(source, heads[source.name])
             build_stream(source, heads[source.name], data[source.name].train, seed=0)
             problems += check_norm(heads[source.name], f"XLEARNER.SOURCES.{source.name}: MODEL", world_size)
     _stop_at(problems)

@@ -107,10 +107,6 @@ def check_head(source: SourceSpec, head: CfgNode, world_size: int) -> list[str]:
         )
     if mixes and options.MULTI_LABEL:
         problems.append(f"{where}: MODEL.CLASSIFIER.MULTI_LABEL cannot be combined with MIXUP or CUTMIX.")
-    sigmas, keypoints = head.TEST.KEYPOINT_OKS_SIGMAS, head.MODEL.ROI_KEYPOINT_HEAD.NUM_KEYPOINTS
-    if head.MODEL.KEYPOINT_ON and sigmas and len(sigmas) != keypoints:
-        wish = f"one for each of the {keypoints} keypoints is expected"
-        problems.append(f"{where}: TEST.KEYPOINT_OKS_SIGMAS has {len(sigmas)} entries, but {wish}.")
     low, high = (*head.MODEL.DEPTH_HEAD.RANGE, 0.0, 0.0)[:2]
     if not 0 < low < high:
         got = head.MODEL.DEPTH_HEAD.RANGE
@@ -132,10 +128,14 @@ def check_training(sources: Sequence[SourceSpec], frozen: Collection[str]) -> li
 
 def check_tests(source: SourceSpec, head: CfgNode) -> list[str]:
     """Found now, as test sets are evaluated after hours of training."""
-    problems = []
+    where, problems = f"XLEARNER.SOURCES.{source.name}", []
+    sigmas, keypoints = head.TEST.KEYPOINT_OKS_SIGMAS, head.MODEL.ROI_KEYPOINT_HEAD.NUM_KEYPOINTS
+    if head.MODEL.KEYPOINT_ON and sigmas and len(sigmas) != keypoints:
+        wish = f"one for each of the {keypoints} keypoints is expected"
+        problems.append(f"{where}: TEST.KEYPOINT_OKS_SIGMAS has {len(sigmas)} entries, but {wish}.")
     for name in source.test:
         try:
             check_evaluation(name, head)
         except ValueError as error:
-            problems.append(f"XLEARNER.SOURCES.{source.name}.TEST: {error}")
+            problems.append(f"{where}.TEST: {error}")
     return problems

@@ -201,7 +201,7 @@ def build_squeeze_hook(
             logger.info(f"The student is in {path}.")
 
     dtype = autocast_dtype(cfg)
-    if dtype is not None and teacher.frozen:  # after all that starts as parts of the teacher
+    if teacher.frozen:  # after all that starts as parts of the teacher
         teacher.keep_in(dtype)
     trainer = build_step_trainer(cfg, weighed, batches, optimizer, scope=scope)
     trainer.on_non_finite = stop_at_failure(plan, "squeeze", {"expand": teacher, "squeeze": weighed})

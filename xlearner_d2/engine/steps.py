@@ -75,7 +75,7 @@ class _EarlyCopy:
             host = torch.empty(values.shape, pin_memory=True)
             host.copy_(values, non_blocking=True)
             self._event = torch.cuda.Event()
-            self._event.record()
+            self._event.record(torch.cuda.current_stream(values.device))  # which need not be the current device
             values = host
         self._values = values
 
@@ -124,8 +124,10 @@ class StepTrainer(SimpleTrainer):
         self._logged: tuple[int, list[str], _Exchange] | None = None
         self._statistics = running_statistics(self.module)
         self._statistics_before = {name: value.clone() for name, value in self._statistics.items()}
-        model.register_forward_pre_hook(self._before_forward)
-        model.register_forward_hook(self._after_forward)
+        self._handles = [
+            model.register_forward_pre_hook(self._before_forward),
+            model.register_forward_hook(self._after_forward),
+        ]
 
     @property
     def module(self) -> Any:
@@ -144,16 +146,20 @@ class StepTrainer(SimpleTrainer):
             with self._named():
                 super().run_step()
         except FloatingPointError as error:  # ours, or Detectron2's at proposals that are not finite
-            self.on_non_finite(
-                NonFiniteLoss(
-                    step=self.iter,
-                    losses=self._waited(),
-                    reason=str(error),
-                    batch=self._batch,
-                    model=self.module,
-                    statistics=self._statistics_before,
-                )
+            found = NonFiniteLoss(
+                step=self.iter,
+                losses=self._waited(),
+                reason=str(error),
+                batch=self._batch,
+                model=self.module,
+                statistics=self._statistics_before,
             )
+            with self._precision():
+                self.on_non_finite(found)
+
+    def _precision(self) -> AbstractContextManager[Any]:
+        """That of the step, for who runs it again."""
+        return nullcontext()
 
     def _named(self) -> AbstractContextManager[None]:
         """Everything logged within has the scope as its prefix."""
@@ -222,6 +228,12 @@ class StepTrainer(SimpleTrainer):
             for name, value in found.items():
                 get_event_storage().put_scalar(name, value, cur_iter=step)
 
+    def release(self) -> None:
+        """Leave the model, and no gradients with it: it may be kept longer than what trained it."""
+        for handle in self._handles:
+            handle.remove()
+        self.optimizer.zero_grad(set_to_none=True)
+
     def log_weights(self) -> None:
         """Log the weights of the sources' losses, where training finds them; this waits for the device."""
         with self._named():
@@ -240,6 +252,9 @@ class AMPStepTrainer(StepTrainer, AMPTrainer):
     def __init__(self, *args: Any, precision: torch.dtype = torch.float16, **kwargs: Any):
         super().__init__(*args, **kwargs)
         self.precision = precision
+
+    def _precision(self) -> AbstractContextManager[Any]:
+        return torch.autocast("cuda", self.precision)
 
     def _backward(self, loss: Tensor) -> None:
         with torch.autocast(loss.device.type, enabled=False):  # Detectron2 calls the model, but not this, with it

@@ -211,6 +211,7 @@ def expand(plan: Plan, *, resume_run: bool) -> XLearner:
     start = resume(trainer, checkpointer, wanted=resume_run)
     start_at(loader, start)
     trainer.train(start, cfg.SOLVER.MAX_ITER)
+    trainer.release()
     share_norm_statistics(model)
     if comm.is_main_process():
         classes = {source: class_counts(head) for source, head in plan.heads.items()}

@@ -80,7 +80,7 @@ def wait_briefly_for_all(seconds: float) -> None:
             together.wait(timedelta(seconds=seconds))
 
 
-def work(main: Callable[[], object], *, host: str, silence: float, may_tell: Callable[[], bool]) -> None:
+def work(main: Callable[[], object], *, host: str, silence: float, stuck: float, may_tell: Callable[[], bool]) -> None:
     """Run ``main`` in one of several workers; when one of them fails, all end, and the cause is shown once.
 
     Call it in every worker, once Detectron2's process groups are there.
@@ -88,6 +88,7 @@ def work(main: Callable[[], object], *, host: str, silence: float, may_tell: Cal
     Args:
         host: of the first worker, as the others reach it.
         silence: seconds without a sign of life after which a worker counts as hung.
+        stuck: seconds after which an operation that waits for others gives up.
         may_tell: whether nobody else on this machine has told the user yet why the run ends; asked once, before.
 
     Raises:
@@ -97,6 +98,8 @@ def work(main: Callable[[], object], *, host: str, silence: float, may_tell: Cal
     if comm.get_world_size() == 1:
         main()
         return
+    # Of groups that are made from now on, Detectron2's among them; else it is half an hour.
+    dist.distributed_c10d.default_pg_timeout = timedelta(seconds=stuck)
     machine = comm.get_rank() // comm.get_local_size()
     workers = [
         Worker(*found) for found in comm.all_gather((comm.get_rank(), machine, socket.gethostname(), os.getpid()))

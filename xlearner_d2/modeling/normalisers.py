@@ -98,7 +98,8 @@ class PHIStandardiser(Standardiser):
             return
         super().update(features)
         points = features.movedim(1, -1).flatten(0, -2) - self.mean  # (N*H*W, C)
-        cov = points.T @ points / len(points)
+        with torch.autocast(points.device.type, enabled=False):  # float16 has no room for the sum
+            cov = points.T @ points / len(points)
         if comm.get_world_size() > 1:
             torch.distributed.all_reduce(cov)
             cov /= comm.get_world_size()

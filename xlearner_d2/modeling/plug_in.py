@@ -97,7 +97,9 @@ def load_expanded_backbone(path: str, *, used_by: CfgNode | None = None) -> Expa
     backbone = build_expanded_backbone(cfg, tasks)
     prefix = "backbone."
     state = {name.removeprefix(prefix): v for name, v in checkpoint["model"].items() if name.startswith(prefix)}
-    load_strictly(backbone, state, path=path)
+    # Norm layers that were frozen in training have no such counters.
+    counters = {name: v for name, v in backbone.state_dict().items() if name.endswith("num_batches_tracked")}
+    load_strictly(backbone, {**counters, **state}, path=path)
     return backbone
 
 

@@ -143,13 +143,15 @@ class XLearner(nn.Module):
         self.requires_grad_(False)
         return self.eval()
 
-    def keep_in(self, dtype: torch.dtype) -> None:
-        """Keep the convolutions of a frozen backbone in the precision that mixed precision computes them in.
+    def keep_in(self, dtype: torch.dtype | None) -> None:
+        """Keep the convolutions of a frozen backbone in the precision of mixed precision; None computes without it.
 
         The features stay the same, from half the memory and without converting every weight in every step.
         """
         assert self.frozen
         self.autocast_dtype = dtype
+        if dtype is None:
+            return
         for module in self.backbone.modules():
             # Others, as those of timm that standardise their weights first, may need these as they are.
             if type(module) in CONVOLUTIONS:
