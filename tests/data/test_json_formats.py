@@ -189,6 +189,7 @@ def test_lvis_equals_coco_but_for_its_own_lists(tmp_path: Path) -> None:
         (drop("categories", 0, "frequency"), r"categories\[0\] has the frequency None, but r, c or f"),
         (drop("images", 0, "coco_url"), r"images\[0\] \(id 2\) has the file_name None, but a path below IMAGES"),
         (put("annotations", 0, "category_id", 1), r"has the category_id 1, but one of the ids in 'categories'"),
+        (put("annotations", 0, "segmentation", [0, 0, 4, 4, 1, 1]), "neither a list of polygons"),
         (
             put("annotations", 0, "segmentation", [[0, 0, 4, 4, 1]]),
             r"\(id \d+\) has a polygon of 5 numbers, but an even",
@@ -250,6 +251,14 @@ def test_coco_persons_flip_as_in_detectron2() -> None:
 )
 def test_sides_however_they_are_written(pair: tuple[str, str]) -> None:
     assert flip_map(["nose", *pair, "lip", "rip"]) == [pair]
+
+
+def test_letters_beside_a_word_for_a_side_are_left() -> None:
+    assert set(flip_map(["left_RV", "right_RV", "left_LV", "right_LV"])) == {
+        ("left_RV", "right_RV"),
+        ("left_LV", "right_LV"),
+    }
+    assert flip_map(["left_l", "right_r"]) == [("left_l", "right_r")]
 
 
 def test_keypoints_of_which_none_swap_are_told(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

@@ -77,6 +77,12 @@ def test_a_source_joins_a_task_and_all_learn_on(small, larger):
             torch.testing.assert_close(after[name], value, rtol=0, atol=1e-9)
 
 
+def test_a_frozen_task_that_listens_to_one_that_learns_is_told(larger):
+    told = "The outputs of classification will change all the same, as features from segmentation reach them"
+    assert told in larger.dry_run("XLEARNER.FREEZE", "[classification]")
+    assert "will change all the same" not in larger.dry_run(*FREEZE)
+
+
 def test_the_new_head_of_a_frozen_task_is_trained(small, larger):
     sources = larger.content["XLEARNER"]["SOURCES"]
     sources["more"] = {**sources["pics"], "TEST": []}

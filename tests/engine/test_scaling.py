@@ -45,6 +45,23 @@ def tiny_cfg_once():
     return cfg
 
 
+def test_batches_of_sources_that_share_one_of_the_step_are_left(tiny_cfg_once):
+    cfg = written_for(tiny_cfg_once, 3)
+    cfg.XLEARNER.SAMPLING.IMS_PER_BATCH = 48
+    found = scale_to_workers(cfg, 2).XLEARNER
+    assert found.SAMPLING.IMS_PER_BATCH == 32
+    assert found.SOURCES == cfg.XLEARNER.SOURCES
+
+
+def test_a_network_of_timm_has_no_norm_of_detectron2(tiny_cfg):
+    tiny_cfg.MODEL.RESNETS.NORM = "naiveSyncBN"
+    assert check_norm(tiny_cfg, "MODEL", 2) == []
+    tiny_cfg.XLEARNER.BRANCHES.it = CfgNode({"TIMM": "resnet18"})
+    (problem,) = check_norm(tiny_cfg, "MODEL", 2)
+    assert problem.startswith("MODEL.RESNETS.NORM is 'naiveSyncBN', which networks of timm cannot have")
+    assert check_norm(tiny_cfg, "MODEL", 1) == []
+
+
 def test_zero_means_any_number_of_workers(tiny_cfg):
     assert scale_to_workers(tiny_cfg, 4).dump() == tiny_cfg.dump()
 

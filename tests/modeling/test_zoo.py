@@ -1,5 +1,7 @@
 """The contract with Detectron2's model zoo: each of its configs is a head, as it is."""
 
+import copy
+import dataclasses
 import functools
 from collections.abc import Callable
 from pathlib import Path
@@ -15,8 +17,10 @@ from detectron2.structures import Boxes, Instances, Keypoints
 from detectron2.utils.events import EventStorage
 
 from xlearner_d2 import XLearner
+from xlearner_d2.data.mappers import build_mapper
+from xlearner_d2.engine.branches import start_branch
 from xlearner_d2.modeling import heads as heads_module
-from xlearner_d2.modeling.expanded import build_expanded_backbone
+from xlearner_d2.modeling.expanded import build_branch, build_expanded_backbone
 from xlearner_d2.modeling.heads import build_head, derive_tasks, head_config
 from xlearner_d2.specs import ConfigError, SourceSpec
 
@@ -182,3 +186,34 @@ def test_keypoint_head_needs_keypoints_in_the_metadata(cfg: CfgNode, lacking: st
     with pytest.raises(ConfigError, match=rf"data set 'tiny_pointless' has no {lacking}, which GeneralizedRCNN"):
         head_config(one, cfg)
     MetadataCatalog.pop("tiny_pointless")
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        "COCO-PanopticSegmentation/panoptic_fpn_R_50_1x.yaml",
+        "COCO-Keypoints/keypoint_rcnn_R_50_FPN_1x.yaml",
+        "COCO-InstanceSegmentation/mask_rcnn_R_50_FPN_1x.yaml",
+    ],
+)
+def test_a_source_without_training_data_has_a_mapper_for_tests(cfg: CfgNode, config: str) -> None:
+    """As a frozen one may be."""
+    head = head_config(dataclasses.replace(source(config), train=(), test=("tiny_zoo",)), cfg)
+    assert build_mapper(head, is_train=False)
+
+
+@pytest.mark.parametrize("fits", [True, False])
+def test_the_res5_of_a_head_starts_as_that_of_the_file(cfg: CfgNode, tmp_path: Path, fits: bool) -> None:
+    """Detectron2 names it so that R-50.pkl fills it."""
+    file = cfg.clone()
+    file.MODEL.RESNETS.NORM = "FrozenBN"
+    stages = ["res2", "res3", "res4", "res5"]
+    weights = build_branch(file, out_features=stages).state_dict()
+    torch.save(weights if fits else {n: v for n, v in weights.items() if "res5.0" not in n}, tmp_path / "R-50.pth")
+    model = build(cfg, source("COCO-Detection/faster_rcnn_R_50_C4_1x.yaml"))
+    before = copy.deepcopy(model.heads["one"].roi_heads.res5.state_dict())
+    said = start_branch(model, "it", str(tmp_path / "R-50.pth"), cfg)
+    assert ("res5 of head one as well" in said) is fits
+    for name, value in model.heads["one"].roi_heads.res5.state_dict().items():
+        wanted = weights.get(f"res5.{name}", before[name]) if fits else before[name]
+        assert torch.equal(value, wanted), name

@@ -23,6 +23,8 @@ from .pixels import PixelConvention, StemConversion, stem_conversion
 
 logger = logging.getLogger(__name__)
 
+#: What norm layers that were frozen in training may lack.
+_STATISTICS = ("running_mean", "running_var", "num_batches_tracked")
 #: Convolutions that normalise their weights, so that no factor on these has an effect.
 _NORMALISED = (StdConv2d, StdConv2dSame, ScaledStdConv2d, ScaledStdConv2dSame)
 
@@ -210,6 +212,22 @@ def load_resnet(
     return report
 
 
+def load_res5(res5: nn.Module, resnet: nn.Module, path: str | Path) -> bool:
+    """Start the fifth stage that a head has of its own (C4) as that of a file of a network such as ``resnet``.
+
+    Returns:
+        False when the file has none, or one that is built otherwise; the head's then stays as it is.
+    """
+    found = backbone_file(read_checkpoint(path), resnet).state
+    state = {name.removeprefix("res5."): value for name, value in found.items() if name.startswith("res5.")}
+    own = res5.state_dict()
+    needed = [name for name in own if not name.endswith(_STATISTICS)]
+    if any(name not in state or state[name].shape != own[name].shape for name in needed):
+        return False
+    res5.load_state_dict({name: state[name] for name in own if name in state}, strict=False)
+    return True
+
+
 def _match(resnet: nn.Module, path: str | Path) -> tuple[BackboneFile, State, LoadReport]:
     """The file's weights by the network's names and in its shapes."""
     checkpoint = read_checkpoint(path)
@@ -224,9 +242,8 @@ def _match(resnet: nn.Module, path: str | Path) -> tuple[BackboneFile, State, Lo
         raise ConfigError([f"The checkpoint {path} holds no {wanted}.{hint if tasks else ''}"])
     own = resnet.state_dict()
     state = {name: _in_shape(value, own.get(name)) for name, value in file.state.items()}
-    statistics = ("running_mean", "running_var", "num_batches_tracked")
     missing = [name for name in own if name not in state]
-    problems = [f"{name} is missing." for name in missing if not name.endswith(statistics)]
+    problems = [f"{name} is missing." for name in missing if not name.endswith(_STATISTICS)]
     problems += _shape_problems(own, state)
     if problems:
         setting = "MODEL.BACKBONE.TIMM" if isinstance(resnet, OfTimm) else "MODEL.RESNETS"
@@ -282,3 +299,5 @@ def _swap_strides(resnet: nn.Module) -> None:
     bottlenecks: list[Any] = [module for module in resnet.modules() if hasattr(module, "conv3")]
     for block in bottlenecks:
         block.conv1.stride, block.conv2.stride = block.conv2.stride, block.conv1.stride
+        if hasattr(block, "conv2_offset"):  # of a deformable convolution
+            block.conv2_offset.stride = block.conv2.stride

@@ -96,8 +96,11 @@ def build_stream(source: SourceSpec, head: CfgNode, records: Sequence[Record], *
             message = f"the records have no class of images, boxes or segments, which the sampler {kind!r} goes by"
             raise ConfigError([f"{where}.TRAIN {list(source.train)}: {message}."])
         if kind == "class_aware":
-            members = {c: [i for i, of in enumerate(classes) if c in of] for c in sorted(set().union(*classes))}
-            stream = ClassAware(list(members.values()), seed=parts)
+            members: dict[int, list[int]] = {}
+            for index, of in enumerate(classes):
+                for found in of:
+                    members.setdefault(found, []).append(index)
+            stream = ClassAware([members[of] for of in sorted(members)], seed=parts)
         else:
             stream = RepeatFactor(_repeat_factors(classes, head, where), seed=parts)
     kinds = _orientations(records) if head.DATALOADER.ASPECT_RATIO_GROUPING and not _crops_squares(head) else []

@@ -94,11 +94,11 @@ class SourceMapper:
         try:
             with _augmentation_seed(seed):
                 mapped = self.mapper(record)
+                return None if mapped is None else {**mapped, "source": self.source}
         except Exception as error:
             file = files.shown(str(record.get("file_name")))
             message = f"source {self.source!r} could not read {file}: {error!r}"
             raise RuntimeError(message) from error
-        return None if mapped is None else {**mapped, "source": self.source}
 
 
 def map_one(mapper: SourceMapper, records: Sequence[Record], index: int, *, seed: int) -> Record:
@@ -107,7 +107,7 @@ def map_one(mapper: SourceMapper, records: Sequence[Record], index: int, *, seed
     Raises:
         RuntimeError: when many are left out one after another, or see :class:`SourceMapper`.
     """
-    others = np.random.default_rng(seed)
+    others = np.random.default_rng((seed, index))
     chosen = index
     for _ in range(_TRIES):
         if (mapped := mapper(records[chosen], seed)) is not None:

@@ -183,9 +183,12 @@ def _usable(records: Records, source: SourceSpec, head: CfgNode) -> Records:
 def _other_labels(source: SourceSpec, head: CfgNode) -> list[str]:
     """Data sets that mean something else by the same label or keypoint: a head has one meaning for all of them."""
     problems = []
-    meant = [("ignore_label", source.train), ("keypoint_names", source.data_sets if head.MODEL.KEYPOINT_ON else ())]
-    for key, names in meant:
-        found = {name: MetadataCatalog.get(name).get(key, None) for name in names}
+    meant = [
+        ("ignore_label", source.train, head.MODEL.SEM_SEG_HEAD.IGNORE_VALUE),
+        ("keypoint_names", source.data_sets if head.MODEL.KEYPOINT_ON else (), None),
+    ]
+    for key, names, usual in meant:
+        found = {name: MetadataCatalog.get(name).get(key, usual) for name in names}
         first = next(iter(found), "")
         problems += [
             f"XLEARNER.SOURCES.{source.name}: data sets {first!r} and {name!r} should have the same {key}, but they "

@@ -8,7 +8,7 @@ import torch
 from detectron2.config import CfgNode
 from torch import Tensor
 
-from ..checkpoint.load import LoadReport, check_resnet, load_resnet, load_strictly, read_checkpoint
+from ..checkpoint.load import LoadReport, check_resnet, load_res5, load_resnet, load_strictly, read_checkpoint
 from ..checkpoint.pixels import PixelConvention
 from ..checkpoint.stored import CONVENTION_KEYS, check_convention, differing_settings, stored_config
 from ..modeling import XLearner
@@ -283,11 +283,22 @@ def initialise_branches(model: XLearner, cfg: CfgNode, specs: Sequence[BranchSpe
     for name, state in fresh.items():
         model.backbone.branches[name].load_state_dict(state)
         logger.info(f"Branch {name} starts from random weights.")
-    for name, branch in model.backbone.branches.items():
+    for name in model.backbone.branches:
         setting, path = start_of(cfg, specs, name)
         if path not in ("", RANDOM) and not (whole and setting == "MODEL.WEIGHTS"):
-            report = load_resnet(branch, path, pixels=PixelConvention.of(cfg))
-            logger.info(f"Starting branch {name} from {path}: {report}.")
+            logger.info(f"Starting branch {name} from {path}: {start_branch(model, name, path, cfg)}.")
+
+
+def start_branch(model: XLearner, name: str, path: str, cfg: CfgNode) -> str:
+    """Load a network's file into a branch, and into the res5 that its heads (C4) have of their own; say what fitted."""
+    branch = model.backbone.branches[name]
+    said = [str(load_resnet(branch, path, pixels=PixelConvention.of(cfg)))]
+    for source, head in model.heads.items():
+        res5 = getattr(getattr(head, "roi_heads", None), "res5", None)
+        if res5 is not None and model.backbone.branch_of[model.task_of[source]] == name:
+            fits = load_res5(res5, branch, path)
+            said.append(f"res5 of head {source} {'as well' if fits else 'stays random, as there is none that fits'}")
+    return ", ".join(said)
 
 
 def _from_trunk(model: XLearner, state: Mapping[str, Tensor]) -> Mapping[str, Tensor]:

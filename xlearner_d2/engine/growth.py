@@ -9,14 +9,13 @@ from detectron2.config import CfgNode
 from torch import Tensor, nn
 
 from ..checkpoint.grow import belongs_to, load_grown, part_of, summary, unread
-from ..checkpoint.load import load_resnet, read_checkpoint
-from ..checkpoint.pixels import PixelConvention
+from ..checkpoint.load import read_checkpoint
 from ..checkpoint.stored import PIXEL_KEYS, differing_settings, stored_config
 from ..modeling import XLearner
 from ..modeling.branches import ARCHITECTURE_KEYS, BranchSpec, branch_config, network_name
 from ..modeling.expanded import STAGES, TRUNK
 from ..specs import ConfigError, SourceSpec, TaskSpec, nearest
-from .branches import start_of
+from .branches import start_branch, start_of
 from .class_names import ClassNames, check_class_names, stored_class_names
 
 
@@ -226,6 +225,13 @@ def grow(model: XLearner, cfg: CfgNode, growth: Growth, branches: Sequence[Branc
         sentences.append(
             f"Without {names}, the other branches compute other features, as they receive nothing from there."
         )
+    learning = [task.name for task in growth.tasks if task.name not in {*cfg.XLEARNER.FREEZE, *lost_tasks}]
+    listening = [task for task in cfg.XLEARNER.FREEZE if model.backbone.incoming(model.backbone.branch_of[task])]
+    if learning and listening:
+        sentences.append(
+            f"The outputs of {', '.join(listening)} will change all the same, as features from {', '.join(learning)} "
+            "reach them, which learn on: name these in XLEARNER.FREEZE, too, where they are to stay."
+        )
     model.freeze_parts(tasks=cfg.XLEARNER.FREEZE, heads=sorted(growth.frozen))
     return " ".join(sentences)
 
@@ -248,8 +254,7 @@ def _start_new_branches(
             branch.load_state_dict({key: found[key] for key in branch.state_dict() if key in found}, strict=False)
             sentences.append(f"Branch {name} starts as branch {start}.")
         else:
-            report = load_resnet(branch, start, pixels=PixelConvention.of(cfg))
-            sentences.append(f"Branch {name} starts from {start}: {report}.")
+            sentences.append(f"Branch {name} starts from {start}: {start_branch(model, name, start, cfg)}.")
     return sentences
 
 

@@ -9,6 +9,7 @@ import torch
 from detectron2.config import CfgNode
 from torch import nn
 
+from ..data.mappers import build_mapper
 from ..evaluation.build import check_evaluation
 from ..modeling.expanded import STAGES as RESNET_STAGES
 from ..modeling.heads import COMPILED_HINT, has_compiled_operators
@@ -136,6 +137,7 @@ def check_tests(source: SourceSpec, head: CfgNode) -> list[str]:
     for name in source.test:
         try:
             check_evaluation(name, head)
-        except ValueError as error:
+            build_mapper(head, is_train=False)
+        except (AssertionError, ValueError) as error:  # Detectron2 asserts what its mapper needs
             problems.append(f"{where}.TEST: {error}")
     return problems

@@ -36,6 +36,8 @@ def scale_to_workers(cfg: CfgNode, world_size: int) -> CfgNode:
 
 def _scale_batches(cfg: CfgNode, world_size: int, reference: int) -> None:
     records = {f"SOURCES.{name}": record for name, record in cfg.XLEARNER.SOURCES.items()}
+    if cfg.XLEARNER.SAMPLING.IMS_PER_BATCH:  # which stands for those of the sources
+        records = {}
     problems = []
     for name, record in {**records, "SAMPLING": cfg.XLEARNER.SAMPLING}.items():
         batch = record.get("IMS_PER_BATCH", 16) if isinstance(record, CfgNode) else None
@@ -66,14 +68,27 @@ def _scale_steps(steps: int, scale: float) -> int:
 
 
 def check_norm(cfg: CfgNode, where: str, world_size: int) -> list[str]:
-    """Norm layers that several workers cannot have on CPUs."""
-    if world_size == 1 or cfg.MODEL.DEVICE != "cpu":
+    """Norm layers that several workers cannot have: on CPUs, or in networks of timm."""
+    if world_size == 1:
         return []
-    return [
+    problems = []
+    if cfg.MODEL.RESNETS.NORM == "naiveSyncBN" and _has_timm(cfg):
+        wish = "which networks of timm cannot have: take BN, or SyncBN on GPUs"
+        problems.append(f"{where}.RESNETS.NORM is 'naiveSyncBN', {wish}.")
+    if cfg.MODEL.DEVICE != "cpu":
+        return problems
+    return problems + [
         f"{where}.{key} is {value!r}, which torch has for GPUs alone: take naiveSyncBN on CPUs."
         for key, value in _leaves(cfg.MODEL)
         if key.endswith("NORM") and value in ("SyncBN", "nnSyncBN")
     ]
+
+
+def _has_timm(cfg: CfgNode) -> bool:
+    if "XLEARNER" not in cfg:  # the config of a head, whose network is that of a branch
+        return False
+    branches = [of.get("TIMM", "") for of in cfg.XLEARNER.BRANCHES.values() if of]
+    return any([cfg.MODEL.BACKBONE.TIMM, cfg.XLEARNER.SQUEEZE.TIMM, *branches])
 
 
 def _leaves(node: CfgNode, prefix: str = "") -> Iterator[tuple[str, object]]:

@@ -280,8 +280,12 @@ def check_evaluation(dataset_name: str, head: CfgNode | None = None) -> None:
     Raises:
         ValueError: as :func:`build_evaluator`.
     """
-    if _known_type(dataset_name, head) == "pascal_voc":
+    kind = _known_type(dataset_name, head)
+    if kind == "pascal_voc":
         PresentClassesVOCEvaluator(dataset_name)
+    if kind == "coco_panoptic_seg" and any(isinstance(of["image_id"], str) for of in DatasetCatalog.get(dataset_name)):
+        wish = "but its evaluation needs whole numbers"
+        raise ValueError(f"the image ids of the data set {dataset_name!r} are text, {wish}; training does not.")
 
 
 def build_evaluator(dataset_name: str, *, output_dir: str | None, head: CfgNode | None = None) -> DatasetEvaluator:

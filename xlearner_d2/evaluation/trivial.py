@@ -105,15 +105,18 @@ def _prevalence(train: Sequence[Record], test: Sequence[Record], dataset_name: s
 
 
 def _median_delta1(train: Sequence[Record], test: Sequence[Record], dataset_name: str) -> float:
-    def depths(records: Sequence[Record], where: str) -> list[np.ndarray]:
+    def depths(records: Sequence[Record]) -> Iterator[np.ndarray]:  # one at a time: together they may need more memory
         maps = (read_depth(record["depth_file_name"], scale=record["depth_scale"]) for record in records)
-        known = [depth for depth in maps if depth.any()]
-        if not known:
-            raise ValueError(f"There is no known depth in the {where} data.")
-        return known
+        return (depth for depth in maps if depth.any())
 
-    constant = np.median([np.median(depth[depth > 0]) for depth in depths(train, "training")])
-    return mean_metrics([depth_metrics(constant, depth) for depth in depths(test, "test")])["delta1"]
+    medians = [np.median(depth[depth > 0]) for depth in depths(train)]
+    if not medians:
+        raise ValueError("There is no known depth in the training data.")
+    constant = np.median(medians)
+    found = [depth_metrics(constant, depth) for depth in depths(test)]
+    if not found:
+        raise ValueError("There is no known depth in the test data.")
+    return mean_metrics(found)["delta1"]
 
 
 #: evaluator_type -> metric, and what the constant answer scores from training records, test records and test set name

@@ -109,7 +109,8 @@ def head_config(source: SourceSpec, cfg: CfgNode, *, where: str = "") -> CfgNode
     except (KeyError, ValueError, AssertionError, yaml.YAMLError) as error:
         problems = error.problems if isinstance(error, ConfigError) else [_words(error, where, source)]
         raise ConfigError(problems) from error
-    head.DATASETS.TRAIN, head.DATASETS.TEST = source.train, source.test
+    # Mappers for tests read what keypoints and classes there are from TRAIN, which a frozen source need not have.
+    head.DATASETS.TRAIN, head.DATASETS.TEST = source.train or source.test, source.test
     head.freeze()
     return head
 

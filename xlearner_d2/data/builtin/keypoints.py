@@ -11,6 +11,7 @@ logger = logging.getLogger(__name__)
 
 #: What names a side, and its opposite.
 _SIDES = {"left": "right", "right": "left", "l": "r", "r": "l"}
+_WORD = re.compile(r"(?i:left|right)")
 #: The words anywhere; letters that stand alone, or begin or end a name of words that are written together (LEye, EyeL).
 _SIDE = re.compile(r"(?i:left|right)|(?<![A-Za-z])[lLrR](?![a-z])|(?<=[a-z])[LR](?![A-Za-z])")
 
@@ -49,16 +50,19 @@ def keypoint_metadata(categories: Sequence[dict[str, Any]], subject: str) -> dic
 
 def flip_map(names: Sequence[str]) -> list[tuple[str, str]]:
     """Pairs that swap when an image is mirrored: names that differ in left and right, or in l and r, alone."""
-    pairs = []
-    for name in names:
-        other = _mirrored(name)
-        if other != name and other in names and _mirrored(other) == name and (other, name) not in pairs:
-            pairs.append((name, other))
+    pairs: list[tuple[str, str]] = []
+    left = set(names)
+    for sides in (_WORD, _SIDE):  # by words first: the letters of left_RV may name something else
+        for name in names:
+            other = _mirrored(name, sides)
+            if other != name and {name, other} <= left and _mirrored(other, sides) == name:
+                pairs.append((name, other))
+                left -= {name, other}
     return pairs
 
 
-def _mirrored(name: str) -> str:
-    return _SIDE.sub(lambda found: _opposite(found[0]), name)
+def _mirrored(name: str, sides: re.Pattern[str]) -> str:
+    return sides.sub(lambda found: _opposite(found[0]), name)
 
 
 def _opposite(side: str) -> str:

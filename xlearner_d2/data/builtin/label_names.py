@@ -1,6 +1,6 @@
 """Labels as a list of images gives them, names or numbers, and the class indices that they stand for."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 from ...specs import DatasetSpec, nearest
@@ -21,20 +21,16 @@ def find_classes(spec: DatasetSpec, root: Path, labels: Iterable[str]) -> list[s
     return sorted(found, key=lambda label: (int(label) if numbers else 0, label))
 
 
-def class_index(label: str, classes: Mapping[str, int]) -> int | None:
-    """Index of a label that is the name of a class or, where no name is a number, its index; None for any other."""
-    if label in classes:
-        return classes[label]
-    return int(label) if label.isdecimal() and int(label) < len(classes) and not _are_numbered(classes) else None
+def label_indices(classes: Sequence[str]) -> dict[str, int]:
+    """Class index by label: the names of classes and, where no name is a number that would be another one, indices."""
+    by_name = {name: index for index, name in enumerate(classes)}
+    if any(name.isdecimal() and int(name) != index for name, index in by_name.items()):
+        return by_name
+    return {**{str(index): index for index in range(len(classes))}, **by_name}
 
 
-def unknown_label(label: str, classes: Mapping[str, int]) -> str:
-    """In words: what was expected instead of a label."""
+def unknown_label(label: str, classes: Sequence[str], known: Mapping[str, int]) -> str:
+    """In words: what was expected instead of a label; ``known`` as of :func:`label_indices`."""
     count = len(classes)
-    number = "" if _are_numbered(classes) else f", or a number from 0 to {count - 1},"
+    number = f", or a number from 0 to {count - 1}," if len(known) > count else ""
     return f"one of the {count} classes{number} is expected.{nearest(label, classes)}"
-
-
-def _are_numbered(classes: Mapping[str, int]) -> bool:
-    """Whether a number may be the name of a class."""
-    return any(name.isdecimal() for name in classes)

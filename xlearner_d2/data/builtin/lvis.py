@@ -38,6 +38,7 @@ def register(spec: DatasetSpec, root: Path) -> None:
     ids = check_images(data["images"], file, problems)
     check_annotations(data["annotations"], file, classes, ids, problems, num_keypoints={})
     _check_federated(data, file, classes, problems)
+    raise_if_any(problems)
     _check_polygons(data["annotations"], file, problems)
     raise_if_any(problems)
     by_id = {item["id"]: item for item in data["categories"]}

@@ -69,8 +69,6 @@ def _check(spec: DatasetSpec, data: dict[str, Any], file: Path) -> tuple[dict[in
         elif item["isthing"]:
             things.add(item.get("id"))
     images = check_images(data["images"], file, problems)
-    if any(isinstance(image, str) for image in images):  # which the evaluation could not read
-        problems.add("wrong image ids", f"{file}: ids of images are of type str, but whole numbers are expected.")
     seen: set[Any] = set()
     for number, item in enumerate(data["annotations"]):
         where = f"{file}: annotations[{number}]"

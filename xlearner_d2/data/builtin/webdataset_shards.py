@@ -24,7 +24,7 @@ from ...specs import DatasetSpec
 from ..files import tar_member_path
 from ..problems import Problems
 from .common import Records, add_to_catalogs, fail, hint, raise_if_any, subject
-from .label_names import class_index, find_classes, unknown_label
+from .label_names import find_classes, label_indices, unknown_label
 from .torchvision_files import CACHE
 
 logger = logging.getLogger(__name__)
@@ -190,12 +190,13 @@ def _check_keys(spec: DatasetSpec, samples: Sequence[tuple[Path, Sample]]) -> No
 
 
 def _indices(spec: DatasetSpec, samples: Sequence[tuple[Path, Sample]], classes: Sequence[str]) -> list[int]:
-    by_name = {name: index for index, name in enumerate(classes)}
+    known = label_indices(classes)
     problems, found = Problems(subject(spec)), []
     for shard, sample in samples:
-        index = class_index(sample.label, by_name)
+        index = known.get(sample.label)
         if index is None:
-            text = f"{shard}: {sample.key!r} has the label {sample.label!r}, but {unknown_label(sample.label, by_name)}"
+            wish = unknown_label(sample.label, classes, known)
+            text = f"{shard}: {sample.key!r} has the label {sample.label!r}, but {wish}"
             problems.add("labels of unknown classes", text)
         else:
             found.append(index)
