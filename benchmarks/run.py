@@ -46,13 +46,14 @@ def main() -> None:
         compute_as_on_a_gpu()
     args.output.mkdir(parents=True, exist_ok=True)
     file = args.output / "ratios.json"
+    where = machine()  # before the first: HEAD may move meanwhile
     results: dict[str, Found] = json.loads(file.read_text()) if file.is_file() else {}
     for name in args.only:
         found = BENCHMARKS[name](args)
         results[name] = found
         print_found(name, found)
         settings = {key: getattr(args, key) for key in ("by", "rounds", "images", "size", "amp")}
-        results[name]["measured with"] = {**machine(), **settings}  # type: ignore[assignment]
+        results[name]["measured with"] = {**where, **settings}  # type: ignore[assignment]
         file.write_text(json.dumps(results, indent=2) + "\n")
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from xlearner_d2 import __main__ as package
-from xlearner_d2.commands import COMMANDS
+from xlearner_d2.commands import COMMANDS, start
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -60,3 +60,10 @@ def test_from_another_folder_as_a_process(tmp_path: Path) -> None:
     assert done.returncode == 1
     assert "none.yaml" in done.stderr
     assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize("option", ["--num-gpus", "--num-machines"])
+def test_no_worker_is_too_few(monkeypatch: pytest.MonkeyPatch, option: str) -> None:
+    config = str(ROOT / "configs/base.yaml")
+    with pytest.raises(SystemExit, match=f"{option} is 0, but at least 1 is expected"):
+        start("train", ["--config-file", config, "--dry-run", option, "0"])

@@ -97,6 +97,17 @@ def test_what_is_run(tmp_path):
     assert problem == "it took more than 0.1 s"
 
 
+def test_the_example_leaves_what_somebody_else_wrote(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    docs_example.main()
+    docs_example.main()  # its own files may be there
+    own = tmp_path / "data/coco/annotations/instances_train2017.json"
+    own.write_text("mine")
+    with pytest.raises(SystemExit, match=r"instances_train2017\.json is there already, and is not from this example"):
+        docs_example.main()
+    assert own.read_text() == "mine"
+
+
 def test_the_example_is_the_config_of_the_readme():
     config = docs_example.shorten(docs_example.read_config())
     problems: list[str] = []

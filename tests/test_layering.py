@@ -14,7 +14,7 @@ ROOT = Path(__file__).resolve().parents[1] / PACKAGE
 ALLOWED: dict[str, set[str]] = {
     "": {"_quiet", "config", "modeling", "settings", "library"},
     "library": {"engine", "exports"},
-    "lazy": {"specs", "config", "modeling", "engine"},
+    "lazy": {"specs", "config", "settings", "modeling", "engine"},
     "_quiet": set(),
     "specs": set(),
     "labels": set(),

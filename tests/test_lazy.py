@@ -77,12 +77,18 @@ def test_detectron2_trains_it_and_train_net_squeezes_the_result(
     assert trained.student == tmp_path / "student/student_d2.pth"
 
 
-@pytest.mark.parametrize(("device", "amp"), [("cpu", False), ("cuda", True), ("cuda:1", True)])
+@pytest.mark.parametrize(("device", "amp"), [("cpu", False), ("cuda", torch.cuda.is_available()), ("cuda:1", True)])
 def test_its_trainer_has_mixed_precision_on_gpus_alone(device: str, amp: bool) -> None:
     """On CPUs Detectron2's AMPTrainer refuses to work."""
     overrides = [f"settings.MODEL.DEVICE={device}", "settings.SOLVER.AMP.ENABLED=True"]
     cfg = LazyConfig.apply_overrides(LazyConfig.load(str(FILE)), overrides)
     assert cfg.train.amp.enabled is amp
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a machine without a GPU is meant")
+def test_its_trainer_takes_the_cpu_where_there_is_no_gpu() -> None:
+    cfg = LazyConfig.load(str(FILE))
+    assert (cfg.settings.MODEL.DEVICE, cfg.train.device, cfg.train.amp.enabled) == ("cuda", "cpu", False)
 
 
 def test_its_trainer_has_the_seed_of_the_settings() -> None:

@@ -4,8 +4,12 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
+
+from xlearner_d2 import library, load_config
+from xlearner_d2.engine.stopping import RunStopped
 
 ROOT = Path(__file__).resolve().parents[1]
 NOTEBOOK = ROOT / "docs/tutorial.ipynb"
@@ -54,3 +58,15 @@ def test_an_unknown_name() -> None:
 
     with pytest.raises(AttributeError, match="no attribute 'trian'"):
         xlearner_d2.trian  # noqa: B018
+
+
+def test_a_run_that_stops_says_why(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """A program that ends with an exit code alone would say nothing."""
+
+    def stop(*args: Any) -> None:
+        raise RunStopped("The disk is full.")
+
+    monkeypatch.setattr(library, "run", stop)
+    with pytest.raises(RunStopped, match=r"^The disk is full\.$"):
+        library.train(load_config("configs/base.yaml"))
+    assert capsys.readouterr().err == "error: The disk is full.\n"

@@ -86,6 +86,17 @@ def install_detectron2(python: Path, install: list[str | Path], site: Path) -> N
     shutil.rmtree(site / "tools", ignore_errors=True)  # a top-level package the wheel should not carry
 
 
+def make_environment(target: Path, python: Path) -> None:
+    """Also where an earlier attempt was interrupted before it had pip."""
+    if python.exists() and not subprocess.run([python, "-m", "pip", "--version"], capture_output=True).returncode:
+        return
+    try:
+        venv.create(target, with_pip=True)
+    except (OSError, subprocess.CalledProcessError) as error:
+        hint = "On Debian and Ubuntu, install the package python3-venv of this Python's version"
+        fail(f"making the environment {target} failed: {error}. {hint}, then run again.")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--venv", type=Path, default=ROOT / ".venv", help="environment to create or update")
@@ -98,8 +109,7 @@ def main() -> None:
         return
     print(f"setting up {target} (about 6 GB, one to two minutes)")
     python = target / "bin" / "python"
-    if not python.exists():
-        venv.create(target, with_pip=True)
+    make_environment(target, python)
     install = installer(python)
     run(*install, "-r", "constraints.txt", what="installing the pinned packages")
     install_detectron2(python, install, site_packages(target))

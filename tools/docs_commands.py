@@ -259,8 +259,10 @@ def make_folder(folder: Path) -> None:
     folder.mkdir(exist_ok=True)
     for path in ROOT.iterdir():
         if not path.name.startswith(".") and path.name not in ("output", "build", "data", "mine.yaml", "larger.yaml"):
-            (folder / path.name).unlink(missing_ok=True)
-            (folder / path.name).symlink_to(path)
+            link = folder / path.name
+            if link.is_symlink():
+                link.unlink()
+            link.symlink_to(path)  # fails at what somebody else keeps there
     subprocess.run([sys.executable, "tools/docs_example.py"], cwd=folder, check=True)
 
 

@@ -10,6 +10,9 @@ larger.yaml has one source more.
 
 import json
 import re
+import shutil
+import sys
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -93,13 +96,13 @@ def shorten(config: dict[str, Any]) -> dict[str, Any]:
     return config
 
 
-def main() -> None:
-    data = Path("data")
+def write_all(root: Path) -> None:
+    data = root / "data"
     write_birds(data)
     write_cells(data)
     write_coco(data, "train2017", 100)
     write_coco(data, "val2017", 200)
-    Path("mine.yaml").write_text(yaml.safe_dump(shorten(read_config()), sort_keys=False), encoding="utf-8")
+    (root / "mine.yaml").write_text(yaml.safe_dump(shorten(read_config()), sort_keys=False), encoding="utf-8")
     more = {
         "TASK": "detection",
         "CONFIG": "configs/heads/light_retinanet_fpn.yaml",
@@ -107,7 +110,17 @@ def main() -> None:
         "OPTS": SMALL,
     }
     larger = {"_BASE_": "mine.yaml", "XLEARNER": {"SOURCES": {"more_cells": more}}, "OUTPUT_DIR": "output/larger"}
-    Path("larger.yaml").write_text(yaml.safe_dump(larger, sort_keys=False), encoding="utf-8")
+    (root / "larger.yaml").write_text(yaml.safe_dump(larger, sort_keys=False), encoding="utf-8")
+
+
+def main() -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        write_all(Path(folder))
+        made = [path.relative_to(folder) for path in Path(folder).rglob("*") if path.is_file()]
+        others = [path for path in made if path.exists() and path.read_bytes() != (folder / path).read_bytes()]
+        if others:
+            sys.exit(f"error: {others[0]} is there already, and is not from this example. Run it in another folder.")
+        shutil.copytree(folder, ".", dirs_exist_ok=True)
     print("data/, mine.yaml and larger.yaml are there: export DETECTRON2_DATASETS=data")
 
 

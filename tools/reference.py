@@ -171,7 +171,7 @@ def command_section(name: str) -> str:
         text = formatter._expand_help(action) if action.help else ""
         rows.append((shown, default, " ".join(re.sub(r"\s*\(default: [^)]*\)", "", text).split())))
     spelled = (
-        f"In a checkout, `{PROGRAMS[name]}`; where the package is installed, `xlearner-d2 {name.replace('_', '-')}`."
+        f"In a checkout, `{PROGRAMS[name]}`; where it is installed in place, `xlearner-d2 {name.replace('_', '-')}`."
     )
     what = COMMANDS[name][0].upper() + COMMANDS[name][1:]
     return f"## {name.replace('_', '-')}\n\n{what}. {spelled}\n\n{table(('option', 'default', 'meaning'), rows)}"

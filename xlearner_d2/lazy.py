@@ -25,6 +25,7 @@ from .engine.plan import Plan, make_plan
 from .engine.trainer import build_loader
 from .modeling import XLearner
 from .modeling.heads import find_config
+from .settings import usable
 from .specs import ConfigError
 
 
@@ -52,8 +53,11 @@ _ENGINE_ALONE = (
     "XLEARNER.SQUEEZE.ONLINE",
     "SOLVER.REFERENCE_WORLD_SIZE",
 )
+OmegaConf.register_new_resolver("usable", usable, replace=True)
 # The trainer with mixed precision is for GPUs; on a CPU the model sets its own.
-OmegaConf.register_new_resolver("on_gpu", lambda wanted, device: wanted and device.startswith("cuda"), replace=True)
+OmegaConf.register_new_resolver(
+    "on_gpu", lambda wanted, device: wanted and usable(device).startswith("cuda"), replace=True
+)
 
 
 class Nodes(NamedTuple):
@@ -87,7 +91,7 @@ def expansion() -> Nodes:
             "checkpointer": {"period": "${settings.SOLVER.CHECKPOINT_PERIOD}", "max_to_keep": 2},
             "eval_period": 0,
             "log_period": 20,
-            "device": "${settings.MODEL.DEVICE}",
+            "device": "${usable:${settings.MODEL.DEVICE}}",
         },
     )
 

@@ -1,6 +1,7 @@
 """The project as a library: what the commands do, called from a program or a notebook."""
 
 import argparse
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,6 +11,7 @@ from detectron2.config import CfgNode
 
 from .engine.plan import EXPANDED_FILE, STUDENT_FILE
 from .engine.run import run
+from .engine.stopping import RunStopped
 from .exports.student import Student, load_student
 from .exports.write import Exported, export
 
@@ -42,7 +44,11 @@ def train(cfg: CfgNode, *, resume: bool = False) -> Trained:
         ConfigError: with all problems of the config and its data, before anything is written.
         RunStopped: when a signal or a full disk ends the run, or a loss is not finite.
     """
-    metrics = run(cfg, argparse.Namespace(resume=resume, eval_only=False, dry_run=False))
+    try:
+        metrics = run(cfg, argparse.Namespace(resume=resume, eval_only=False, dry_run=False))
+    except RunStopped as stop:  # which ends a program without a word
+        print(f"error: {stop}", file=sys.stderr, flush=True)
+        raise
     files = [Path(cfg.OUTPUT_DIR) / name for name in (EXPANDED_FILE, STUDENT_FILE)]
     expanded, student = (path if path.is_file() else None for path in files)
     return Trained(expanded=expanded, student=student, metrics=metrics)

@@ -135,7 +135,8 @@ def _add_squeeze(x: CfgNode) -> None:
     q.DISTANCE = "mse"
     # 1x1 convolutions between a student's and a branch's features in training, with BN and ReLU between them.
     q.PROJECTOR_LAYERS = 1
-    # How the teacher's features are normalised: standardise (per channel, running), l2, phi_s, none.
+    # How the teacher's features are normalised: standardise (per channel, running), l2, phi_s (channels are a power of
+    # two), none.
     q.NORMALISER = "standardise"
     # Whether the student learns from the sources' labels as well, through heads of its own that start as the teacher's.
     q.TASK_LOSSES = True
@@ -235,4 +236,9 @@ def _add_transfer(cfg: CfgNode) -> None:
 
 def usable_device(cfg: CfgNode) -> str:
     """``MODEL.DEVICE``, but the CPU where Detectron2's default, a GPU of any number, meets a machine without one."""
-    return "cpu" if cfg.MODEL.DEVICE == "cuda" and not torch.cuda.is_available() else cfg.MODEL.DEVICE
+    return usable(cfg.MODEL.DEVICE)
+
+
+def usable(device: str) -> str:
+    """See :func:`usable_device`."""
+    return "cpu" if device == "cuda" and not torch.cuda.is_available() else device

@@ -158,11 +158,11 @@ def generate(output: Path, specs: Sequence[SetSpec], options: Options, *, worker
     licence = licence_text()
     output.mkdir(parents=True, exist_ok=True)
     todo = [spec for spec in specs if not is_complete(output / spec.name, spec, options)]
+    if not todo:  # nor is anything written, as the folder may be for reading alone
+        return []
     for spec in todo:
         _check_replaceable(output / spec.name)
     _write_credits(output, licence)
-    if not todo:
-        return []
     total = sum(sum(num_images(spec, options.scale).values()) for spec in todo)
     with _ordered_map(workers) as ordered_map, tqdm(total=total, unit="img", dynamic_ncols=True) as progress:
         for spec in todo:

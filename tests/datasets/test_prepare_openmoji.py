@@ -305,6 +305,9 @@ def test_command_credits_the_artists(tmp_path: Path, capsys: pytest.CaptureFixtu
     assert prepare_openmoji.main(arguments) == 0
     assert prepare_openmoji.main(arguments) == 0
     assert "0 sets made" in capsys.readouterr().out
+    (tmp_path / "README.md").write_text("OpenMoji, and a word of mine")
+    assert prepare_openmoji.main(arguments) == 0  # nor is anything written, as where one may only read
+    assert (tmp_path / "README.md").read_text() == "OpenMoji, and a word of mine"
     assert sorted(os.listdir(tmp_path)) == ["LICENSE.txt", "README.md", "down_det_food"]
     assert "OpenMoji" in (tmp_path / "README.md").read_text(encoding="utf-8")
     assert "Attribution-ShareAlike 4.0" in (tmp_path / "LICENSE.txt").read_text(encoding="utf-8")

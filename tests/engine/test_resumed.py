@@ -2,6 +2,7 @@
 
 import json
 import logging
+import shutil
 from pathlib import Path
 
 import pytest
@@ -46,6 +47,14 @@ def test_what_checkpoints_are_made_of_stays(project: Project, dry: bool) -> None
         f"XLEARNER.WEIGHTING.METHOD is 'dwa', {wish.format('fixed')}",
     ]
     assert Path(project.root / "out/config.yaml").read_text() == kept
+
+
+def test_a_student_of_another_teacher_is_not_taken_for_done(project: Project, tmp_path: Path) -> None:
+    (project.root / "out/student_d2.pth").touch()
+    shutil.copyfile(project.root / "out/expanded.pth", tmp_path / "other.pth")
+    with pytest.raises(ConfigError, match=r"student_d2\.pth is of another XLEARNER\.SQUEEZE\.TEACHER: set another OUT"):
+        project.run("XLEARNER.SQUEEZE.TEACHER", tmp_path / "other.pth", resume=True)
+    (project.root / "out/student_d2.pth").unlink()
 
 
 def test_a_run_without_tests_says_so(project: Project, caplog: pytest.LogCaptureFixture) -> None:

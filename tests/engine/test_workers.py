@@ -29,7 +29,7 @@ def run(tmp_path):
             init = f"file://{tmp_path}/meeting"
             dist.init_process_group("gloo", init, timedelta(seconds=stuck), world_size=2, rank=rank)
             comm.create_local_process_group(2 // machines)
-            work(lambda: main(rank), host="127.0.0.1", silence=silence, may_tell=lambda: not told)
+            work(lambda: main(rank), host="127.0.0.1", silence=silence, stuck=stuck, may_tell=lambda: not told)
 
         processes = Processes(start, 2, tmp_path)
         return processes.wait(*waited), processes.errors()

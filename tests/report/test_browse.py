@@ -184,6 +184,16 @@ def test_the_tool_with_an_unknown_source(browse: Callable[..., None], tmp_path: 
     assert not (tmp_path / "out").exists()
 
 
+def test_a_source_without_the_split_is_left_out_or_told(
+    browse: Callable[..., None], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As frozen sources may be without TRAIN."""
+    browse("--split", "test", "XLEARNER.SOURCES.pics.TEST", "[]")
+    assert "Without TEST, and so not drawn: pics.\n" in capsys.readouterr().out
+    with pytest.raises(ConfigError, match=r"SOURCES\.pics has no TEST, but --split test draws that"):
+        browse("--split", "test", "--source", "pics", "XLEARNER.SOURCES.pics.TEST", "[]")
+
+
 def test_errors_end_the_tool(tmp_path: Path) -> None:
     command = [
         sys.executable,

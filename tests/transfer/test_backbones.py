@@ -69,6 +69,7 @@ def checked(tiny: TinySuite, *backbones: BackboneSpec, seeds: tuple[int, ...] = 
         ("single/icons=a/b.pth", BackboneSpec(name="single/icons", path="a/b.pth")),
         ("mine=a=b.pth", BackboneSpec(name="mine", path="a=b.pth")),
         ("mine=https://a/b.pth", BackboneSpec(name="mine", path="https://a/b.pth")),
+        ("mine=http://a:80/b.pth", BackboneSpec(name="mine", path="http://a:80/b.pth")),
         ("mine=https://a/b.pth:boxes", BackboneSpec(name="mine", path="https://a/b.pth", task="boxes")),
         ("expanded=out/x.pth:boxes", BackboneSpec(name="expanded", path="out/x.pth", task="boxes")),
         ("mine=seed{seed}/x.pth:boxes", BackboneSpec(name="mine", path="seed{seed}/x.pth", task="boxes")),
@@ -102,8 +103,8 @@ def test_what_has_an_address_is_fetched(tiny: TinySuite, monkeypatch: pytest.Mon
     assert parse_backbones(["mine=https://a/b.pth:boxes"]) == [spec(path, "boxes")]
     assert asked == ["https://a/b.pth"]
     monkeypatch.undo()
-    with pytest.raises(ConfigError, match=r"gone://b\.pth cannot be fetched"):
-        parse_backbones(["mine=gone://b.pth"])
+    with pytest.raises(ConfigError, match=r"(?s)gone://b\.pth cannot be fetched.*\{seed\} stands in paths alone"):
+        parse_backbones(["mine=gone://b.pth", "mine=https://a/{seed}.pth"])
 
 
 def test_seed_stands_in_the_path() -> None:

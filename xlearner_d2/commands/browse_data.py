@@ -96,7 +96,13 @@ def run(args: argparse.Namespace) -> None:
         raise ConfigError([f"--num is {args.num}, but at least 1 is expected."], what="The command line")
     # Whether images are whole is for --dry-run to find out.
     plan = make_plan(load_config(args.config_file, [*args.opts, "XLEARNER.CHECK_IMAGES", "0"]), world_size=1)
-    for source in choose(plan, args.source):
+    chosen = choose(plan, args.source)
+    if lacking := [source.name for source in chosen if not getattr(source, args.split)]:
+        if args.source or len(lacking) == len(chosen):
+            wish = f"but --split {args.split} draws that"
+            raise ConfigError([f"XLEARNER.SOURCES.{name} has no {args.split.upper()}, {wish}." for name in lacking])
+        print(f"Without {args.split.upper()}, and so not drawn: {', '.join(lacking)}.")
+    for source in (source for source in chosen if source.name not in lacking):
         if args.split == "train":
             sheets = [(source.train[0], source.name, seen_in_training(plan, source, args.num))]
         else:

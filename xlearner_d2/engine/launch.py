@@ -1,14 +1,15 @@
 """How a run starts: in this process, in several that Detectron2's ``launch`` starts here, or in one of torchrun's."""
 
 import argparse
+import contextlib
 import functools
 import multiprocessing
 import multiprocessing.synchronize
 import os
 import socket
 import sys
-from concurrent.futures import ProcessPoolExecutor
 from datetime import timedelta
+from multiprocessing.connection import Connection
 from urllib.parse import urlsplit
 
 import torch
@@ -23,7 +24,7 @@ from ..settings import usable_device
 from ..specs import ConfigError
 from .run import run, validate
 from .scaling import check_timeouts
-from .stopping import RunStopped, passing_on_signals
+from .stopping import RunStopped, name_of, passing_on_signals
 from .workers import work
 
 
@@ -38,6 +39,12 @@ def start(args: argparse.Namespace) -> None:
         _start_in_torchrun(args)
         return
     cfg = load_config(args.config_file, args.opts)
+    if problems := [
+        f"--{name.replace('_', '-')} is {number}, but at least 1 is expected; MODEL.DEVICE says whether on a GPU."
+        for name in ("num_gpus", "num_machines")
+        if (number := getattr(args, name)) < 1
+    ]:
+        raise ConfigError(problems, what="The command line")
     count = args.num_gpus * args.num_machines
     if args.dry_run:
         print(validate(cfg, args, world_size=count)[1])
@@ -49,15 +56,43 @@ def start(args: argparse.Namespace) -> None:
         # Here, because each worker would list the same problems; and decoding images once is enough.
         if usable_device(cfg) == "cpu":
             _validate(args, count)
-        else:  # a process that has used a GPU keeps some of its memory
-            with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as apart:
-                apart.submit(_validate, args, count).result()
+        else:
+            _validate_apart(args, count)
         args.opts = [*args.opts, "XLEARNER.CHECK_IMAGES", "0"]
         _launch(cfg, args)
 
 
 def _validate(args: argparse.Namespace, count: int) -> None:
     validate(load_config(args.config_file, args.opts), args, world_size=count)
+
+
+def _validate_apart(args: argparse.Namespace, count: int) -> None:
+    """In a process of its own, as one that has used a GPU keeps some of its memory."""
+    context = multiprocessing.get_context("spawn")
+    ours, theirs = context.Pipe(duplex=False)
+    process = context.Process(target=_tell_problems, args=(theirs, args, count))
+    process.start()
+    theirs.close()
+    try:
+        problems: ConfigError | None = ours.recv()
+    except EOFError:
+        process.join()
+        code = process.exitcode or 0
+        how = f"by {name_of(-code)}, perhaps for want of memory" if code < 0 else f"with exit code {code}"
+        sys.exit(f"error: The check before the run was ended {how}.")
+    process.join()
+    if problems is not None:
+        raise problems
+
+
+def _tell_problems(pipe: Connection, args: argparse.Namespace, count: int) -> None:
+    problems = None
+    try:
+        _validate(args, count)
+    except ConfigError as error:
+        problems = error
+    with contextlib.suppress(BrokenPipeError):  # who asked may be gone
+        pipe.send(problems)
 
 
 def _launch(cfg: CfgNode, args: argparse.Namespace) -> None:
@@ -140,7 +175,7 @@ def _run(args: argparse.Namespace) -> None:
         multiprocessing.set_start_method("fork", force=True)
     try:
         cfg = load_config(args.config_file, args.opts)
-        if (device := usable_device(cfg)).startswith("cuda:"):
+        if (device := usable_device(cfg)).startswith("cuda:") and torch.cuda.is_available():
             torch.cuda.set_device(device)
         run(cfg, args)
     except RunStopped as stop:

@@ -22,7 +22,7 @@ from .class_names import check_class_names, stored_class_names
 from .drawn import Drawn, balance, check_weighting
 from .growth import Growth, check_growth, read_growth, with_stored_classes
 from .plan_checks import check_head, check_settings, check_tests, check_training
-from .resumed import check_unchanged
+from .resumed import changed_settings, check_unchanged
 from .scaling import check_norm, scale_to_workers
 from .squeeze_settings import check_task_weights, hint_factors, squeeze_batches
 
@@ -97,7 +97,9 @@ def check_output(plan: Plan, *, resume: bool) -> None:
         folder = plan.stage_dir(stage)
         if not resume and folder.is_dir() and any(folder.iterdir()):
             problems.append(f"{folder} is not empty. Add --resume to continue that run, or set another OUTPUT_DIR.")
-    squeeze = plan.cfg.XLEARNER.SQUEEZE
+    squeeze, student = plan.cfg.XLEARNER.SQUEEZE, Path(plan.cfg.OUTPUT_DIR) / STUDENT_FILE
+    if resume and student.is_file() and "XLEARNER.SQUEEZE.TEACHER" in changed_settings(plan.cfg):
+        problems.append(f"{student} is of another XLEARNER.SQUEEZE.TEACHER: set another OUTPUT_DIR.")
     given = "squeeze" in plan.stages and squeeze.TEACHER
     trained = resume and expanded_file(plan.cfg).is_file()
     if plan.stages == ("squeeze",) or given or trained:

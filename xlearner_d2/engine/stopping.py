@@ -35,6 +35,9 @@ class RunStopped(SystemExit):
         self.message = message
         self.agreed = agreed
 
+    def __str__(self) -> str:
+        return self.message
+
 
 def exit_code(number: int) -> int:
     """What shells and schedulers expect of a process that a signal ended."""

@@ -50,7 +50,7 @@ def parse_backbone(text: str) -> BackboneSpec:
     """
     name, _, path = text.partition("=")
     task = ""
-    if not Path(path).exists() and ":" in path and not path.rpartition(":")[2].startswith("//"):
+    if not Path(path).exists() and ":" in path and "/" not in path.rpartition(":")[2]:  # as in the address of a file
         path, _, task = path.rpartition(":")
         path = path if task else ""
     if not (name and path) or (path == RANDOM and task):
@@ -68,7 +68,11 @@ def parse_backbones(texts: Sequence[str]) -> list[BackboneSpec]:
     for text in texts:
         try:
             backbone = parse_backbone(text)
-            found.append(replace(backbone, path=str(local_file(backbone.path))) if "://" in text else backbone)
+            if "://" in backbone.path:
+                if "{seed}" in backbone.path:
+                    raise ConfigError([f"--weights {text!r}: {{seed}} stands in paths alone, not in addresses."])
+                backbone = replace(backbone, path=str(local_file(backbone.path)))
+            found.append(backbone)
         except ConfigError as error:
             problems += error.problems
     if problems:
