@@ -1,6 +1,8 @@
 """What a predictor without learning scores: the floor that every result is read against."""
 
+import functools
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
@@ -60,11 +62,9 @@ def _coco_parts(test: Sequence[Record], head: CfgNode | None) -> list[str]:
     return ["bbox", *(["segm"] if has_masks else []), *(["keypoints"] if has_keypoints else [])]
 
 
-def _count(labels: Iterable[np.ndarray], num_classes: int, where: str) -> np.ndarray:
-    """How often each class occurs: [num_classes]; other labels are left out."""
-    total = np.zeros(num_classes, dtype=np.int64)
-    for part in labels:
-        total += np.bincount(part[(part >= 0) & (part < num_classes)].ravel(), minlength=num_classes)
+def _total(counts: Iterable[np.ndarray], where: str) -> np.ndarray:
+    """How often each class occurs in all parts: [num_classes]."""
+    total = functools.reduce(np.add, counts)
     if not total.any():
         raise ValueError(f"There is no label in the {where} data.")
     return total
@@ -73,8 +73,10 @@ def _count(labels: Iterable[np.ndarray], num_classes: int, where: str) -> np.nda
 def _majority_accuracy(train: Sequence[Record], test: Sequence[Record], dataset_name: str) -> float:
     labels = [np.array([record["category_id"] for record in records], dtype=int) for records in (train, test)]
     num_classes = 1 + max(int(part.max(initial=0)) for part in labels)
-    train_count = _count(labels[:1], num_classes, "training")
-    test_count = _count(labels[1:], num_classes, "test")
+    train_count, test_count = (
+        _total([np.bincount(part, minlength=num_classes)], where)
+        for part, where in zip(labels, ("training", "test"), strict=True)
+    )
     return 100.0 * float(test_count[train_count.argmax()] / test_count.sum())
 
 
@@ -82,13 +84,13 @@ def _majority_iou(train: Sequence[Record], test: Sequence[Record], dataset_name:
     meta = MetadataCatalog.get(dataset_name)
     num_classes, ignore_label = len(meta.stuff_classes), meta.ignore_label
 
-    def label_maps(records: Sequence[Record]) -> Iterator[np.ndarray]:
-        for record in records:
-            labels = read_labels(record["sem_seg_file_name"], num_classes=num_classes, ignore_label=ignore_label)
-            yield labels[labels != ignore_label]
+    def count(record: Record) -> np.ndarray:
+        labels = read_labels(record["sem_seg_file_name"], num_classes=num_classes, ignore_label=ignore_label)
+        return np.bincount(labels[labels != ignore_label], minlength=num_classes)
 
-    train_count = _count(label_maps(train), num_classes, "training")
-    test_count = _count(label_maps(test), num_classes, "test")
+    with ThreadPoolExecutor() as pool:  # all other workers of a run wait for this one
+        train_count = _total(pool.map(count, train), "training")
+        test_count = _total(pool.map(count, test), "test")
     # Every pixel is predicted as the majority class: its union is the whole image, the other classes score 0.
     # As in Detectron2, classes that do not occur in the test data are left out of the mean.
     iou = test_count[train_count.argmax()] / test_count.sum()
