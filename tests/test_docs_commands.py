@@ -99,8 +99,10 @@ def test_what_is_run(tmp_path):
 
 def test_the_example_leaves_what_somebody_else_wrote(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
+    tmp_path.chmod(0o755)
     docs_example.main()
     docs_example.main()  # its own files may be there
+    assert tmp_path.stat().st_mode & 0o777 == 0o755
     own = tmp_path / "data/coco/annotations/instances_train2017.json"
     own.write_text("mine")
     with pytest.raises(SystemExit, match=r"instances_train2017\.json is there already, and is not from this example"):

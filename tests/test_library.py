@@ -68,5 +68,5 @@ def test_a_run_that_stops_says_why(monkeypatch: pytest.MonkeyPatch, capsys: pyte
 
     monkeypatch.setattr(library, "run", stop)
     with pytest.raises(RunStopped, match=r"^The disk is full\.$"):
-        library.train(load_config("configs/base.yaml"))
+        library.train(load_config(ROOT / "configs/base.yaml"))
     assert capsys.readouterr().err == "error: The disk is full.\n"

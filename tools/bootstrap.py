@@ -87,11 +87,12 @@ def install_detectron2(python: Path, install: list[str | Path], site: Path) -> N
 
 
 def make_environment(target: Path, python: Path) -> None:
-    """Also where an earlier attempt was interrupted before it had pip."""
-    if python.exists() and not subprocess.run([python, "-m", "pip", "--version"], capture_output=True).returncode:
-        return
+    """Also where an earlier attempt was interrupted before it had pip; what is there of the environment stays."""
     try:
-        venv.create(target, with_pip=True)
+        if not python.exists():
+            venv.create(target, with_pip=True)
+        elif subprocess.run([python, "-m", "pip", "--version"], capture_output=True).returncode:
+            subprocess.run([python, "-m", "ensurepip", "--upgrade"], check=True)
     except (OSError, subprocess.CalledProcessError) as error:
         hint = "On Debian and Ubuntu, install the package python3-venv of this Python's version"
         fail(f"making the environment {target} failed: {error}. {hint}, then run again.")

@@ -22,6 +22,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import docs_example
+
 ROOT = Path(__file__).resolve().parents[1]
 #: Pages that make what others use come first.
 FIRST = ("datasets/README.md", "docs/CONFIGS.md", "README.md")
@@ -263,7 +265,7 @@ def make_folder(folder: Path) -> None:
             if link.is_symlink():
                 link.unlink()
             link.symlink_to(path)  # fails at what somebody else keeps there
-    subprocess.run([sys.executable, "tools/docs_example.py"], cwd=folder, check=True)
+    docs_example.write_all(folder)
 
 
 def spelled(command: Command, rule: Rule) -> str:

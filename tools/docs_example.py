@@ -120,7 +120,9 @@ def main() -> None:
         others = [path for path in made if path.exists() and path.read_bytes() != (folder / path).read_bytes()]
         if others:
             sys.exit(f"error: {others[0]} is there already, and is not from this example. Run it in another folder.")
-        shutil.copytree(folder, ".", dirs_exist_ok=True)
+        for path in made:  # not their folders, whose permissions are those of a temporary one
+            path.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(folder / path, path)
     print("data/, mine.yaml and larger.yaml are there: export DETECTRON2_DATASETS=data")
 
 

@@ -126,6 +126,8 @@ def test_a_number_that_is_no_class_of_numbers(tmp_path: Path) -> None:
 def test_a_number_that_is_the_index_of_its_own_class(tmp_path: Path) -> None:
     spec = write_tar(tmp_path, {"__key__": "a", "jpg": jpg(0), "cls": 1})
     assert read(changed(spec, classes=("000", "001", "two")), tmp_path)[0]["category_id"] == 1
+    spec = write_tar(tmp_path, {"__key__": "a", "jpg": jpg(0), "cls": "01"})
+    assert read(changed(spec, classes=("heron", "stork")), tmp_path)[0]["category_id"] == 1
 
 
 def test_repeated_keys(tmp_path: Path) -> None:

@@ -78,7 +78,7 @@ def test_a_source_joins_a_task_and_all_learn_on(small, larger):
 
 
 def test_a_frozen_task_that_listens_to_one_that_learns_is_told(larger):
-    told = "The outputs of classification will change all the same, as features from segmentation reach them"
+    told = "The outputs of classification will change all the same, as it receives features from segmentation"
     assert told in larger.dry_run("XLEARNER.FREEZE", "[classification]")
     assert "will change all the same" not in larger.dry_run(*FREEZE)
 

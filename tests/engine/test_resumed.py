@@ -4,11 +4,13 @@ import json
 import logging
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 from conftest import Project
 
 from xlearner_d2.checkpoint.load import read_checkpoint
+from xlearner_d2.engine.plan import Plan, check_output, make_plan
 from xlearner_d2.specs import ConfigError
 
 
@@ -50,11 +52,19 @@ def test_what_checkpoints_are_made_of_stays(project: Project, dry: bool) -> None
 
 
 def test_a_student_of_another_teacher_is_not_taken_for_done(project: Project, tmp_path: Path) -> None:
-    (project.root / "out/student_d2.pth").touch()
+    (project.root / "out/squeeze").mkdir()
     shutil.copyfile(project.root / "out/expanded.pth", tmp_path / "other.pth")
-    with pytest.raises(ConfigError, match=r"student_d2\.pth is of another XLEARNER\.SQUEEZE\.TEACHER: set another OUT"):
-        project.run("XLEARNER.SQUEEZE.TEACHER", tmp_path / "other.pth", resume=True)
-    (project.root / "out/student_d2.pth").unlink()
+    both = ["XLEARNER.STAGE", "all", "XLEARNER.SQUEEZE.TEACHER"]
+    with pytest.raises(ConfigError, match=r"TEACHER is '.*other\.pth', but the squeeze in .*out has '': set it so"):
+        check_output(plan_of(project, *both, tmp_path / "other.pth"), resume=True)
+    check_output(plan_of(project, *both, project.root / "out/expanded.pth"), resume=True)  # the same one
+    (project.root / "out/squeeze").rmdir()
+
+
+def plan_of(project: Project, *opts: Any) -> Plan:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("DETECTRON2_DATASETS", str(project.root / "data"))
+        return make_plan(project.load(*opts), world_size=1)
 
 
 def test_a_run_without_tests_says_so(project: Project, caplog: pytest.LogCaptureFixture) -> None:

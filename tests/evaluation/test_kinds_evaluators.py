@@ -15,7 +15,7 @@ from hypothesis.extra.numpy import arrays
 from PIL import Image
 
 from xlearner_d2.data.builtin import register_datasets
-from xlearner_d2.evaluation.build import build_evaluator, main_metric
+from xlearner_d2.evaluation.build import build_evaluator, check_evaluation, main_metric
 from xlearner_d2.evaluation.depth import DepthEvaluator, depth_metrics
 from xlearner_d2.evaluation.multi_label import MultiLabelEvaluator, mean_average_precision
 from xlearner_d2.evaluation.trivial import trivial_metrics
@@ -191,6 +191,14 @@ def test_panoptic_images_of_one_name_in_two_folders(panoptic: str, tmp_path: Pat
         found.append({"panoptic_seg": (ids, [dict(info) for info in infos])})
     evaluator.process(DatasetCatalog.get("eval_folders"), found)
     assert main_metric(evaluator.evaluate()) == {"panoptic_seg/PQ": pytest.approx(100.0)}
+
+
+def test_panoptic_images_known_by_text_cannot_be_evaluated(tmp_path: Path) -> None:
+    """Training can do with them."""
+    records = [{"file_name": "a.png", "image_id": "ADE_1"}]
+    name = register("panoptic_text", records, evaluator_type="coco_panoptic_seg")
+    with pytest.raises(ValueError, match=r"image ids of the data set 'panoptic_text' are text, but its evaluation"):
+        check_evaluation(name)
 
 
 def keypoint_set(root: Path, names: list[str]) -> str:

@@ -212,7 +212,7 @@ def test_the_res5_of_a_head_starts_as_that_of_the_file(cfg: CfgNode, tmp_path: P
     torch.save(weights if fits else {n: v for n, v in weights.items() if "res5.0" not in n}, tmp_path / "R-50.pth")
     model = build(cfg, source("COCO-Detection/faster_rcnn_R_50_C4_1x.yaml"))
     before = copy.deepcopy(model.heads["one"].roi_heads.res5.state_dict())
-    said = start_branch(model, "it", str(tmp_path / "R-50.pth"), cfg)
+    said = start_branch(model, "it", str(tmp_path / "R-50.pth"), cfg, heads=True)
     assert ("res5 of head one as well" in said) is fits
     for name, value in model.heads["one"].roi_heads.res5.state_dict().items():
         wanted = weights.get(f"res5.{name}", before[name]) if fits else before[name]

@@ -286,14 +286,18 @@ def initialise_branches(model: XLearner, cfg: CfgNode, specs: Sequence[BranchSpe
     for name in model.backbone.branches:
         setting, path = start_of(cfg, specs, name)
         if path not in ("", RANDOM) and not (whole and setting == "MODEL.WEIGHTS"):
-            logger.info(f"Starting branch {name} from {path}: {start_branch(model, name, path, cfg)}.")
+            logger.info(f"Starting branch {name} from {path}: {start_branch(model, name, path, cfg, heads=not whole)}.")
 
 
-def start_branch(model: XLearner, name: str, path: str, cfg: CfgNode) -> str:
-    """Load a network's file into a branch, and into the res5 that its heads (C4) have of their own; say what fitted."""
+def start_branch(model: XLearner, name: str, path: str, cfg: CfgNode, *, heads: bool) -> str:
+    """Load a network's file into a branch; say what fitted.
+
+    Args:
+        heads: and into the res5 that its heads (C4) have of their own, as they are new as well.
+    """
     branch = model.backbone.branches[name]
     said = [str(load_resnet(branch, path, pixels=PixelConvention.of(cfg)))]
-    for source, head in model.heads.items():
+    for source, head in model.heads.items() if heads else ():
         res5 = getattr(getattr(head, "roi_heads", None), "res5", None)
         if res5 is not None and model.backbone.branch_of[model.task_of[source]] == name:
             fits = load_res5(res5, branch, path)

@@ -225,13 +225,14 @@ def grow(model: XLearner, cfg: CfgNode, growth: Growth, branches: Sequence[Branc
         sentences.append(
             f"Without {names}, the other branches compute other features, as they receive nothing from there."
         )
-    learning = [task.name for task in growth.tasks if task.name not in {*cfg.XLEARNER.FREEZE, *lost_tasks}]
-    listening = [task for task in cfg.XLEARNER.FREEZE if model.backbone.incoming(model.backbone.branch_of[task])]
-    if learning and listening:
-        sentences.append(
-            f"The outputs of {', '.join(listening)} will change all the same, as features from {', '.join(learning)} "
-            "reach them, which learn on: name these in XLEARNER.FREEZE, too, where they are to stay."
-        )
+    for task in cfg.XLEARNER.FREEZE:
+        incoming = model.backbone.incoming(model.backbone.branch_of[task])
+        learning = [] if incoming is None else [name for name in incoming.heard() if name not in cfg.XLEARNER.FREEZE]
+        if learning:
+            sentences.append(
+                f"The outputs of {task} will change all the same, as it receives features from {', '.join(learning)}: "
+                "name in XLEARNER.FREEZE what learns on there, too, if they are to stay."
+            )
     model.freeze_parts(tasks=cfg.XLEARNER.FREEZE, heads=sorted(growth.frozen))
     return " ".join(sentences)
 
@@ -254,7 +255,7 @@ def _start_new_branches(
             branch.load_state_dict({key: found[key] for key in branch.state_dict() if key in found}, strict=False)
             sentences.append(f"Branch {name} starts as branch {start}.")
         else:
-            sentences.append(f"Branch {name} starts from {start}: {start_branch(model, name, start, cfg)}.")
+            sentences.append(f"Branch {name} starts from {start}: {start_branch(model, name, start, cfg, heads=True)}.")
     return sentences
 
 

@@ -1,7 +1,6 @@
 """How a run starts: in this process, in several that Detectron2's ``launch`` starts here, or in one of torchrun's."""
 
 import argparse
-import contextlib
 import functools
 import multiprocessing
 import multiprocessing.synchronize
@@ -25,7 +24,7 @@ from ..specs import ConfigError
 from .run import run, validate
 from .scaling import check_timeouts
 from .stopping import RunStopped, name_of, passing_on_signals
-from .workers import work
+from .workers import end_with_parent, work
 
 
 def start(args: argparse.Namespace) -> None:
@@ -86,13 +85,13 @@ def _validate_apart(args: argparse.Namespace, count: int) -> None:
 
 
 def _tell_problems(pipe: Connection, args: argparse.Namespace, count: int) -> None:
+    end_with_parent()
     problems = None
     try:
         _validate(args, count)
     except ConfigError as error:
         problems = error
-    with contextlib.suppress(BrokenPipeError):  # who asked may be gone
-        pipe.send(problems)
+    pipe.send(problems)
 
 
 def _launch(cfg: CfgNode, args: argparse.Namespace) -> None:

@@ -97,9 +97,9 @@ def check_output(plan: Plan, *, resume: bool) -> None:
         folder = plan.stage_dir(stage)
         if not resume and folder.is_dir() and any(folder.iterdir()):
             problems.append(f"{folder} is not empty. Add --resume to continue that run, or set another OUTPUT_DIR.")
-    squeeze, student = plan.cfg.XLEARNER.SQUEEZE, Path(plan.cfg.OUTPUT_DIR) / STUDENT_FILE
-    if resume and student.is_file() and "XLEARNER.SQUEEZE.TEACHER" in changed_settings(plan.cfg):
-        problems.append(f"{student} is of another XLEARNER.SQUEEZE.TEACHER: set another OUTPUT_DIR.")
+    if resume and "squeeze" in plan.stages and plan.stage_dir("squeeze").is_dir():
+        problems += _other_teacher(plan.cfg)
+    squeeze = plan.cfg.XLEARNER.SQUEEZE
     given = "squeeze" in plan.stages and squeeze.TEACHER
     trained = resume and expanded_file(plan.cfg).is_file()
     if plan.stages == ("squeeze",) or given or trained:
@@ -107,6 +107,16 @@ def check_output(plan: Plan, *, resume: bool) -> None:
             check_expanded(plan)
     if problems:
         raise ConfigError(problems, what="The output")
+
+
+def _other_teacher(cfg: CfgNode) -> list[str]:
+    """A student that another teacher has begun, or has finished, is not to be taken for that of this one."""
+    before, now = changed_settings(cfg).get("XLEARNER.SQUEEZE.TEACHER", ("", ""))
+    files = [Path(of or os.path.join(cfg.OUTPUT_DIR, EXPANDED_FILE)).resolve() for of in (before, now)]
+    if files[0] == files[1]:
+        return []
+    wish = "set it so, or another OUTPUT_DIR"
+    return [f"XLEARNER.SQUEEZE.TEACHER is {now!r}, but the squeeze in {cfg.OUTPUT_DIR} has {before!r}: {wish}."]
 
 
 def check_expanded(plan: Plan) -> None:

@@ -87,7 +87,7 @@ def check_norm(cfg: CfgNode, where: str, world_size: int) -> list[str]:
 def _has_timm(cfg: CfgNode) -> bool:
     if "XLEARNER" not in cfg:  # the config of a head, whose network is that of a branch
         return False
-    branches = [of.get("TIMM", "") for of in cfg.XLEARNER.BRANCHES.values() if of]
+    branches = [of.get("TIMM", "") for of in cfg.XLEARNER.BRANCHES.values() if isinstance(of, CfgNode)]
     return any([cfg.MODEL.BACKBONE.TIMM, cfg.XLEARNER.SQUEEZE.TIMM, *branches])
 
 

@@ -2,10 +2,12 @@
 
 import functools
 import logging
+import multiprocessing
 import os
 import secrets
 import socket
 import sys
+import threading
 import time
 import traceback
 from collections.abc import Callable, Sequence
@@ -78,6 +80,18 @@ def wait_briefly_for_all(seconds: float) -> None:
             together = dist.barrier(group=_all_workers("ending"), async_op=True)
             assert together is not None
             together.wait(timedelta(seconds=seconds))
+
+
+def end_with_parent() -> None:
+    """From now on, end this process when its parent does: it would wait for work, or do some for nobody."""
+
+    def watch() -> None:
+        parent = multiprocessing.parent_process()
+        assert parent is not None
+        parent.join()
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
 
 
 def work(main: Callable[[], object], *, host: str, silence: float, stuck: float, may_tell: Callable[[], bool]) -> None:

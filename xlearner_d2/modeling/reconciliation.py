@@ -8,7 +8,7 @@ gradient could pass a chain longer than one.
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import cast
+from typing import Any, cast
 
 from detectron2.layers import Conv2d, FrozenBatchNorm2d, ShapeSpec, get_norm
 from fvcore.nn import weight_init
@@ -48,6 +48,13 @@ class ReconciliationLayer(nn.Sequential):
             weight_init.c2_msra_fill(layer)
             self.append(layer)
         nn.init.zeros_((layer.norm or layer).weight)
+
+    @property
+    def is_silent(self) -> bool:
+        """Whether it gives exact zeros, as it does until it is trained."""
+        last: Any = self[-1].norm or self[-1]
+        bias = getattr(last, "bias", None)
+        return not last.weight.any() and (bias is None or not bias.any())
 
 
 class Reconciliation(nn.Module):
@@ -89,6 +96,10 @@ class Reconciliation(nn.Module):
         """By auxiliary branch, its stages that some layer reads."""
         read = {name: sorted({key.split("_to_")[0] for key in layers}) for name, layers in self._by_branch()}
         return {name: tuple(stages) for name, stages in read.items() if stages}
+
+    def heard(self) -> list[str]:
+        """Auxiliary branches of which something gets through."""
+        return [name for name, of in self._by_branch() if any(not cast(Any, layer).is_silent for layer in of.values())]
 
     def _by_branch(self) -> list[tuple[str, nn.ModuleDict]]:
         return [(name, cast(nn.ModuleDict, layers)) for name, layers in self.layers.items()]

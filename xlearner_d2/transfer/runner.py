@@ -5,7 +5,6 @@ import multiprocessing
 import os
 import platform
 import subprocess
-import threading
 import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Executor, Future, ProcessPoolExecutor, as_completed
@@ -19,6 +18,7 @@ import torch
 from threadpoolctl import threadpool_limits
 
 from ..config import load_config
+from ..engine.workers import end_with_parent
 from ..results.records import CellRecord, cell_file, read_record, read_records, write_record
 from .backbones import BackboneSpec, fingerprint
 from .protocols import run_protocol, trivial_value
@@ -153,7 +153,7 @@ _suite: Suite
 def _start_worker(suite_file: str, opts: Sequence[str], counter: Any, jobs: int) -> None:
     """Prepare a worker process; ``counter`` numbers them."""
     global _suite
-    threading.Thread(target=_end_with_parent, daemon=True).start()
+    end_with_parent()
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     # Loaders fork: a spawned loader process would import everything again.
     multiprocessing.set_start_method("fork", force=True)
@@ -177,14 +177,6 @@ def worker_threads(jobs: int) -> int:
     """
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 1
     return max(1, min(cores // jobs, torch.get_num_threads()))
-
-
-def _end_with_parent() -> None:
-    """End this process when its parent is killed: it would wait for work forever."""
-    parent = multiprocessing.parent_process()
-    assert parent is not None
-    parent.join()
-    os._exit(1)
 
 
 def _work(cell: Cell, folder: Path) -> CellRecord:

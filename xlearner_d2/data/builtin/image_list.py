@@ -13,7 +13,7 @@ from torchvision.datasets.folder import IMG_EXTENSIONS
 from ...specs import DatasetSpec, nearest
 from ..problems import Problems
 from .common import Records, add_to_catalogs, fail, find_folder, raise_if_any, read_text, subject
-from .label_names import find_classes, label_indices, unknown_label
+from .label_names import LabelIndex, find_classes
 
 #: Names of columns, in lower case, that need no ``COLUMNS``.
 _PATH_NAMES = ("path", "file_name", "filename", "file", "filepath", "file_path", "image", "image_path", "image_name")
@@ -64,14 +64,14 @@ def _records(folder: Path, rows: Sequence[Row], indices: Sequence[tuple[int, ...
 
 
 def _indices(spec: DatasetSpec, file: Path, rows: Sequence[Row], classes: Sequence[str]) -> list[tuple[int, ...]]:
-    known = label_indices(classes)
+    index_of = LabelIndex(classes)
     problems = Problems(subject(spec))
     found = []
     for row in rows:
-        indices = [known.get(label) for label in row.labels]
+        indices = [index_of[label] for label in row.labels]
         for label, index in zip(row.labels, indices, strict=True):
             if index is None:
-                wish = unknown_label(label, classes, known)
+                wish = index_of.expected(label)
                 text = f"{file}, line {row.line}: {row.path} has the label {label!r}, but {wish}"
                 problems.add("labels of unknown classes", text + _several(spec, label))
         found.append(tuple(index for index in indices if index is not None))

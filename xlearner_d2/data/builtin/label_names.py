@@ -1,6 +1,6 @@
 """Labels as a list of images gives them, names or numbers, and the class indices that they stand for."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from ...specs import DatasetSpec, nearest
@@ -21,16 +21,26 @@ def find_classes(spec: DatasetSpec, root: Path, labels: Iterable[str]) -> list[s
     return sorted(found, key=lambda label: (int(label) if numbers else 0, label))
 
 
-def label_indices(classes: Sequence[str]) -> dict[str, int]:
-    """Class index by label: the names of classes and, where no name is a number that would be another one, indices."""
-    by_name = {name: index for index, name in enumerate(classes)}
-    if any(name.isdecimal() and int(name) != index for name, index in by_name.items()):
-        return by_name
-    return {**{str(index): index for index in range(len(classes))}, **by_name}
+class LabelIndex:
+    """Which class a label is of: one of that name or, where no class is called by a number that is not its own, index.
 
+    Args:
+        classes: names, in order of their index.
+    """
 
-def unknown_label(label: str, classes: Sequence[str], known: Mapping[str, int]) -> str:
-    """In words: what was expected instead of a label; ``known`` as of :func:`label_indices`."""
-    count = len(classes)
-    number = f", or a number from 0 to {count - 1}," if len(known) > count else ""
-    return f"one of the {count} classes{number} is expected.{nearest(label, classes)}"
+    def __init__(self, classes: Sequence[str]):
+        self.by_name = {name: index for index, name in enumerate(classes)}
+        self.takes_numbers = all(int(name) == index for name, index in self.by_name.items() if name.isdecimal())
+
+    def __getitem__(self, label: str) -> int | None:
+        """The index of the class; None for any other label."""
+        found = self.by_name.get(label)
+        if found is None and self.takes_numbers and label.isdecimal() and int(label) < len(self.by_name):
+            return int(label)
+        return found
+
+    def expected(self, label: str) -> str:
+        """In words: what was expected instead of a label."""
+        count = len(self.by_name)
+        number = f", or a number from 0 to {count - 1}," if self.takes_numbers else ""
+        return f"one of the {count} classes{number} is expected.{nearest(label, self.by_name)}"

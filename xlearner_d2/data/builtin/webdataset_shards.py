@@ -24,7 +24,7 @@ from ...specs import DatasetSpec
 from ..files import tar_member_path
 from ..problems import Problems
 from .common import Records, add_to_catalogs, fail, hint, raise_if_any, subject
-from .label_names import find_classes, label_indices, unknown_label
+from .label_names import LabelIndex, find_classes
 from .torchvision_files import CACHE
 
 logger = logging.getLogger(__name__)
@@ -190,12 +190,12 @@ def _check_keys(spec: DatasetSpec, samples: Sequence[tuple[Path, Sample]]) -> No
 
 
 def _indices(spec: DatasetSpec, samples: Sequence[tuple[Path, Sample]], classes: Sequence[str]) -> list[int]:
-    known = label_indices(classes)
+    index_of = LabelIndex(classes)
     problems, found = Problems(subject(spec)), []
     for shard, sample in samples:
-        index = known.get(sample.label)
+        index = index_of[sample.label]
         if index is None:
-            wish = unknown_label(sample.label, classes, known)
+            wish = index_of.expected(sample.label)
             text = f"{shard}: {sample.key!r} has the label {sample.label!r}, but {wish}"
             problems.add("labels of unknown classes", text)
         else:
