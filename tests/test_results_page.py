@@ -65,6 +65,11 @@ TABLES: dict[tuple[str, str], tuple[str, str, Mapping[str, str]]] = {
             "hints of features standardised by PHI-S": "normaliser_phi_s",
             "hints of features of length 1": "normaliser_l2",
             "projectors of two layers": "projector_2_layers",
+            "hints three times": "hints_times_3",
+            "hints for each stage from the same stage": "same_stages",
+            "hints at res5 alone": "hints_res5",
+            "hints at res2 to res5": "hints_all_stages",
+            "average of the student's weights": "average_of_weights",
             "online": "online",
             "hints alone": "hints_alone",
             "hints for a task's own images alone": "own_images",
@@ -87,7 +92,7 @@ TABLES: dict[tuple[str, str], tuple[str, str, Mapping[str, str]]] = {
             "… of areas": "expanded/segmentation",
         },
     ),
-    ("docs/RESULTS.md", "The study on photographs: one whole seed"): (
+    ("docs/RESULTS.md", "The study on photographs: two seeds"): (
         "real12",
         "squeezed",
         {
