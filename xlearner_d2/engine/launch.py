@@ -21,6 +21,7 @@ from torch.multiprocessing import ProcessExitedException, ProcessRaisedException
 from ..config import load_config
 from ..settings import usable_device
 from ..specs import ConfigError
+from .memory import keep_freed_memory
 from .run import run, validate
 from .scaling import check_timeouts
 from .stopping import RunStopped, name_of, passing_on_signals
@@ -176,6 +177,8 @@ def _run(args: argparse.Namespace) -> None:
         cfg = load_config(args.config_file, args.opts)
         if (device := usable_device(cfg)).startswith("cuda:") and torch.cuda.is_available():
             torch.cuda.set_device(device)
+        if device == "cpu":
+            keep_freed_memory()
         run(cfg, args)
     except RunStopped as stop:
         if stop.message:

@@ -58,4 +58,6 @@ class MemoisedBackbone(Backbone):
 
 def _key(image: Tensor) -> bytes:
     pixels = image.detach().cpu().contiguous()
-    return hashlib.blake2b(pixels.numpy().tobytes() + str(tuple(pixels.shape)).encode(), digest_size=16).digest()
+    found = hashlib.sha256(pixels.numpy().data, usedforsecurity=False)  # processors have instructions for it
+    found.update(str(tuple(pixels.shape)).encode())
+    return found.digest()

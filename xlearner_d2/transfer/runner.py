@@ -18,6 +18,7 @@ import torch
 from threadpoolctl import threadpool_limits
 
 from ..config import load_config
+from ..engine.memory import keep_freed_memory
 from ..engine.workers import end_with_parent
 from ..results.records import CellRecord, cell_file, read_record, read_records, write_record
 from .backbones import BackboneSpec, fingerprint
@@ -168,6 +169,8 @@ def _start_worker(suite_file: str, opts: Sequence[str], counter: Any, jobs: int)
     if torch.cuda.is_available():
         torch.cuda.set_device(number % torch.cuda.device_count())
     _suite = parse_suite(load_config(suite_file, opts))
+    if _suite.cfg.MODEL.DEVICE == "cpu":
+        keep_freed_memory()
 
 
 def worker_threads(jobs: int) -> int:
