@@ -56,6 +56,7 @@ def test_other_sets_are_not_panoptic() -> None:
         ({"category_ids": [], "annotations": [{"category_id": 1}]}, []),
         ({"annotations": [{"category_id": 3}, {"category_id": 1}, {"category_id": 3}]}, [1, 3]),
         ({"annotations": []}, []),
+        ({"annotations": [{"category_id": 3, "iscrowd": 1}, {"category_id": 1, "iscrowd": 0}]}, [1]),
         ({"category_id": 4}, [4]),
     ],
 )

@@ -55,10 +55,10 @@ def _is_any_thing(known: dict[str, object]) -> bool:
 def image_labels(record: Mapping[str, Any]) -> list[int]:
     """The classes of an image that may have any number of them, each once.
 
-    They are ``category_ids``, those of the objects in ``annotations``, or ``category_id`` alone.
+    They are ``category_ids``, those of the objects in ``annotations`` less crowds, or ``category_id`` alone.
     """
     if "category_ids" in record:
         return sorted(set(record["category_ids"]))
     if "annotations" in record:
-        return sorted({item["category_id"] for item in record["annotations"]})
+        return sorted({item["category_id"] for item in record["annotations"] if not item.get("iscrowd", 0)})
     return [record["category_id"]]

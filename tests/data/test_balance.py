@@ -90,6 +90,7 @@ def test_the_classes_of_any_kind_of_record() -> None:
     assert classes_of({"category_ids": [2, 0]}) == {0, 2}
     assert classes_of({"category_ids": []}) == set()
     assert classes_of(boxes(1, 2, 1)) == {1, 2}
+    assert classes_of({"annotations": [{"category_id": 1, "iscrowd": 1}, {"category_id": 2}]}) == {2}
     assert classes_of({"segments_info": [{"category_id": 7}]}) == {7}
     assert classes_of({"sem_seg_file_name": "x.png"}) == set()
 

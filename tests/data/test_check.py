@@ -15,6 +15,7 @@ from PIL import Image
 from pycocotools import mask as rle
 
 from xlearner_d2.data.check import check_records, check_same_classes
+from xlearner_d2.data.classification import ClassificationMapper
 from xlearner_d2.data.files import label_path, tar_member_path
 from xlearner_d2.data.problems import Problems
 
@@ -224,6 +225,19 @@ def test_turned_by_exif_like_detectron2(tmp_path: Path) -> None:
     assert check([record]) == []
     mapper = DatasetMapper(is_train=False, augmentations=[], image_format="BGR")
     assert mapper({key: record[key] for key in ("file_name", "height", "width")})["image"].shape == (3, 8, 12)
+
+
+def test_broken_exif_is_no_damage_as_for_detectron2(tmp_path: Path) -> None:
+    (record,) = make_records(tmp_path, 1)
+    record["file_name"] = str(tmp_path / "broken.jpg")
+    Image.new("RGB", (12, 8)).save(record["file_name"], exif=b"Exif\0\0this is none", dpi=(72, 72))
+    with Image.open(record["file_name"]) as image, pytest.raises(SyntaxError):
+        image.getexif()
+    assert check([record]) == []
+    mapper = DatasetMapper(is_train=False, augmentations=[], image_format="BGR")
+    assert mapper({key: record[key] for key in ("file_name", "height", "width")})["image"].shape == (3, 8, 12)
+    labelled = ClassificationMapper(image_format="BGR", is_train=False, size=8)
+    assert labelled({"file_name": record["file_name"], "category_id": 0})["image"].shape == (3, 8, 8)
 
 
 @pytest.mark.parametrize(("orientation", "told"), [(1, False), (3, True), (6, False)])

@@ -117,6 +117,9 @@ def test_paths_start_at_the_list_or_at_images(tmp_path: Path) -> None:
     (tmp_path / "birds/list.csv").write_text("a.jpg,heron\n")
     (record,) = read(changed(SPEC, images="pictures"), tmp_path)
     assert record["file_name"] == f"{tmp_path}/pictures/a.jpg"
+    (tmp_path / "birds/list.csv").write_text(f"/a.jpg,heron\n{tmp_path}/pictures/b.jpg,heron\n")
+    records = read(changed(SPEC, images="pictures"), tmp_path)  # with a slash, as in the list of Places365
+    assert [record["file_name"] for record in records] == [f"{tmp_path}/pictures/{name}.jpg" for name in "ab"]
 
 
 @pytest.mark.parametrize(

@@ -19,7 +19,7 @@ from PIL import Image
 from xlearner_d2.data.builtin import register_datasets
 from xlearner_d2.data.check import check_records
 from xlearner_d2.data.depth import DepthMapper, read_depth
-from xlearner_d2.data.panoptic import PanopticMapper
+from xlearner_d2.data.panoptic import PanopticMapper, _ByRecord
 from xlearner_d2.data.proposals import with_proposals
 from xlearner_d2.extensions import id2rgb, provide_panopticapi, rgb2id
 from xlearner_d2.labels import PanopticLabels
@@ -76,6 +76,20 @@ def test_panoptic_png_becomes_instances_and_semantic_labels(panoptic: dict[str, 
     assert found.gt_boxes.tensor.tolist() == [[12, 2, 17, 6] if flip else [3, 2, 8, 6]]
     assert int(found.gt_masks.tensor.sum()) == 20
     assert "segments_info" not in mapped
+
+
+def test_records_like_those_of_cityscapes(panoptic: dict[str, Any]) -> None:
+    """Segments without ``isthing``, and semantic labels of other numbers beside them."""
+    labels = PanopticLabels(things=(1, 2), stuff=(0, 3))
+    mapper = PanopticMapper(augmentations=[], image_format="RGB", labels=labels)
+    wanted = mapper(panoptic)
+    for segment in panoptic["segments_info"]:
+        del segment["isthing"]
+    panoptic["sem_seg_file_name"] = "other numbers.png"
+    found = _ByRecord(separated=lambda record: record, panoptic=mapper)(panoptic)
+    assert torch.equal(found["sem_seg"], wanted["sem_seg"])
+    assert torch.equal(found["instances"].gt_classes, wanted["instances"].gt_classes)
+    assert "sem_seg_file_name" not in found
 
 
 def test_panoptic_image_without_things(panoptic: dict[str, Any]) -> None:

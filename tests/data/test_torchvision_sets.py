@@ -341,6 +341,7 @@ def test_all_missing_splits_are_to_be_downloaded(tmp_path: Path) -> None:
     assert "there is no train_32x32.mat, extra_32x32.mat below" in message
     assert message.count("download=True") == 2
     assert 'split="extra", download=True' in message
+    assert 'split="test", download=True' in refused(spec_of("PCAM", "test"), tmp_path)  # which fetches one alone
 
 
 def test_the_command_of_the_message_is_python(tmp_path: Path) -> None:

@@ -189,6 +189,16 @@ def test_lvis_prints_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str])
     assert trivial_metrics(LVIS.name, train_names=[LVIS.name]) == {"bbox/AP": 0, "segm/AP": 0}
 
 
+def test_lvis_finding_nothing_is_ap_zero(tmp_path: Path) -> None:
+    write_lvis(tmp_path)
+    register_datasets([LVIS], tmp_path)
+    found = [perfect(record)[:0] for record in DatasetCatalog.get(LVIS.name)]
+    assert main_metric(evaluate(LVIS, found)) == {"bbox/AP": 0}
+    for instances in found:
+        instances.pred_masks = torch.zeros(0, SIZE, SIZE, dtype=torch.bool)
+    assert main_metric(evaluate(LVIS, found)) == {"bbox/AP": 0, "segm/AP": 0}
+
+
 def test_lvis_without_what_evaluates_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write_lvis(tmp_path)
     register_datasets([LVIS], tmp_path)

@@ -66,6 +66,7 @@ def user_cfg(name: str, weights: Path, tiny_cfg: CfgNode, *opts: Any, task: str 
     for key in ("WIDTH_PER_GROUP", "RES2_OUT_CHANNELS", "STEM_OUT_CHANNELS"):
         cfg.MODEL.RESNETS[key] = tiny_cfg.MODEL.RESNETS[key]
     cfg.XLEARNER.PLUG_IN.WEIGHTS, cfg.XLEARNER.PLUG_IN.TASK = str(weights), task
+    cfg.MODEL.WEIGHTS = ""
     cfg.merge_from_list(["MODEL.FPN.OUT_CHANNELS", 16, "MODEL.ROI_BOX_HEAD.FC_DIM", 16, *opts])
     cfg.merge_from_list(["MODEL.SEM_SEG_HEAD.CONVS_DIM", 32, "MODEL.RPN.POST_NMS_TOPK_TRAIN", 50])
     return cfg
@@ -263,3 +264,11 @@ def test_checkpoint_with_a_tensor_gone(saved: Saved, tiny_cfg: CfgNode) -> None:
     torch.save(data, path)
     with pytest.raises(ConfigError, match=r"branches\.detection\.stem\.conv1\.weight is missing"):
         build_model(user_cfg(FPN, path, tiny_cfg))
+
+
+def test_weights_of_the_zoo_would_replace_the_branch(saved: Saved, tiny_cfg: CfgNode) -> None:
+    _, path = saved()
+    weights = "detectron2://ImageNetPretrained/MSRA/R-50.pkl"
+    cfg = user_cfg(FPN, path, tiny_cfg, "MODEL.WEIGHTS", weights)
+    with pytest.raises(ConfigError, match=f"MODEL.WEIGHTS is {weights}, which would be loaded over the branch: set it"):
+        build_model(cfg)

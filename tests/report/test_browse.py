@@ -178,6 +178,15 @@ def test_the_tool_draws_test_images_of_one_source_in_the_size_for_tests(
     assert capsys.readouterr().out == f"{tmp_path}/out/boxes_x_boxes_test.png: {expected}\n"
 
 
+def test_test_images_have_their_own_colours(browse: Callable[..., None], tmp_path: Path) -> None:
+    def drawn(jitter: float) -> bytes:
+        opts = f"[INPUT.COLOR_JITTER, {jitter}]"
+        browse("--source", "boxes", "--split", "test", "--num", "2", "XLEARNER.SOURCES.boxes.OPTS", opts)
+        return (tmp_path / "out/boxes_x_boxes_test.png").read_bytes()
+
+    assert drawn(0.9) == drawn(0.0)
+
+
 def test_the_tool_with_an_unknown_source(browse: Callable[..., None], tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"--source names 'boxs', which is no source\. Did you mean 'boxes'\?"):
         browse("--source", "boxs")

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 from detectron2.data import DatasetCatalog, Metadata, MetadataCatalog
-from detectron2.structures import Boxes, BoxMode, Instances
+from detectron2.structures import Boxes, BoxMode, Instances, RotatedBoxes
 from detectron2.utils.visualizer import Visualizer
 from PIL import Image
 
@@ -178,3 +178,45 @@ def test_unknown_class_is_shown_by_number(record):
     visualizer = Visualizer(np.zeros((64, 64, 3)), pictures.with_colours(Metadata(thing_classes=["cat"])))
     pictures.overlay(visualizer, [5], scores=[0.5], boxes=np.array([[1.0, 1.0, 60.0, 60.0]]))
     assert visualizer.output.ax.texts[0].get_text() == "5 50%"
+
+
+@pytest.mark.parametrize("count", [0, 1])
+def test_rotated_boxes_are_drawn_in_the_size_of_the_picture(record, tmp_path, count):
+    output = _instances([1.0] * count)
+    output.pred_boxes = RotatedBoxes(torch.tensor([[12.0, 14.0, 16.0, 20.0, 90.0]]).repeat(count, 1))
+    visualizer = Visualizer(np.zeros((5 * HEIGHT, 5 * WIDTH, 3)), pictures.with_colours(Metadata(**METADATA)))
+    pictures._draw_output(visualizer, record, {"instances": output}, score_threshold=0.5, max_fallback=1)
+    corners = {tuple(np.round(xy)) for line in visualizer.output.ax.lines for xy in line.get_xydata()}
+    assert corners == ({(10, 30), (10, 110), (110, 30), (110, 110)} if count else set())
+    record["annotations"][0] |= {"bbox": [12.0, 14.0, 16.0, 20.0, 30.0], "bbox_mode": BoxMode.XYWHA_ABS}
+    draw_predictions([record], [{"instances": output}], Metadata(**METADATA), output_file=tmp_path / "grid.png")
+
+
+def _colours_of(output, record, **metadata):
+    """Colour at the left and right of the prediction, where it is drawn over a black image."""
+    visualizer = Visualizer(np.zeros((HEIGHT, WIDTH, 3)), pictures.with_colours(Metadata(**{**METADATA, **metadata})))
+    pictures._draw_output(visualizer, record, output, score_threshold=0.5, max_fallback=1)
+    image = visualizer.output.get_image()
+    return tuple(tuple(int(c) for c in image[HEIGHT // 4, x]) for x in (WIDTH // 8, 7 * WIDTH // 8))
+
+
+def test_segments_known_by_their_numbers_alone_are_those_that_are_listed(record):
+    """Panoptic-DeepLab gives no list of segments: a number is that of the class times the divisor, and more."""
+    segments = torch.full((HEIGHT, WIDTH), 1000)
+    segments[:, WIDTH // 2 :] = 0
+    infos = [{"id": 1000, "category_id": 1, "isthing": False}, {"id": 0, "category_id": 0, "isthing": False}]
+    listed = _colours_of({"panoptic_seg": (segments, infos)}, record)
+    ids = {"thing_dataset_id_to_contiguous_id": {}, "label_divisor": 1000}
+    assert _colours_of({"panoptic_seg": (segments, None)}, record, **ids) == listed
+    assert listed[0] != listed[1]
+
+
+def test_true_and_predicted_depth_have_one_scale(record, tmp_path):
+    np.save(tmp_path / "depth.npy", np.full((HEIGHT, WIDTH), 2.0, dtype=np.float32))
+    record |= {"depth_file_name": str(tmp_path / "depth.npy"), "depth_scale": 1.0}
+    right, far = (_colours_of({"depth": torch.full((HEIGHT, WIDTH), value)}, record)[0] for value in (2.0, 20.0))
+    assert right != far
+    truth = Visualizer(np.zeros((HEIGHT, WIDTH, 3)), pictures.with_colours(Metadata(**METADATA)))
+    transform = pictures.resize_to(np.zeros((HEIGHT, WIDTH, 3)), WIDTH)
+    pictures._draw_truth(truth, record, {"depth": None}, transform)
+    assert tuple(int(c) for c in truth.output.get_image()[HEIGHT // 4, WIDTH // 8]) == right

@@ -232,6 +232,15 @@ class TestPage:
         assert "<polyline" not in without
         assert "Curves" not in Page(without).words
 
+    def test_curves_that_cannot_be_told_apart_are_numbers_alone(self, report: Callable[..., str]) -> None:
+        names = tuple(f"other/{number}" for number in range(9))
+        html = report(make_records(names), subject="other/0")
+        first = html[html.index("curve-0-title") :]
+        first = first[: first.index("</svg>")]
+        dashes = re.findall(r"<polyline[^>]*>", first)
+        assert len(dashes) == len(set(re.findall(r"dasharray=\"([^\"]*)\"", " ".join(dashes)))) + 1
+        assert "and 5 more, as numbers" in first
+
     def test_points_of_a_curve_may_all_be_one(self, report: Callable[..., str]) -> None:
         assert "<polyline" in report([replace(r, details={"curve": [[0, 5.0]]}) for r in make_records()])
 

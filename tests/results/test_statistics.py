@@ -3,6 +3,7 @@
 import random
 from collections.abc import Callable, Mapping
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -11,6 +12,8 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from scipy import stats
 
+from xlearner_d2.report.transfer import write_report
+from xlearner_d2.report.transfer_tables import tells_apart
 from xlearner_d2.results.records import CellRecord
 from xlearner_d2.results.statistics import analyse
 from xlearner_d2.results.study import Comparison, Estimate, Goal, Study
@@ -249,6 +252,19 @@ class TestRepresentatives:
         records = [cell("pets", name, seed, x) for name, found in numbers.items() for seed, x in found.items()]
         assert analyse(records).representatives["single"]["classification"] == "single/a"
 
+    def test_one_that_lacks_a_seed_of_the_subject_does_not_choose_the_seeds(self) -> None:
+        """With seed 0 alone, a would be chosen."""
+        numbers = {
+            "single/a": {0: 60.0, 1: 40.0},
+            "single/b": {0: 55.0, 1: 55.0},
+            "single/c": {0: 10.0},
+            "squeezed": {0: 50.0, 1: 50.0},
+        }
+        records = [cell("pets", name, seed, x) for name, found in numbers.items() for seed, x in found.items()]
+        study = analyse(records)
+        assert study.representatives["single"] == {"classification": "single/b", "overall": "single/b"}
+        assert compared(study, "single", "overall").difference.mean == -5.0
+
     def test_the_subject_is_not_its_own_baseline(self) -> None:
         study = analyse(full_study(0), subject="single/icons")
         assert set(study.representatives["single"].values()) == {"single/scenes"}
@@ -314,6 +330,23 @@ class TestMissing:
     def test_a_variant_without_a_set_leaves_the_others(self) -> None:
         study = analyse([r for r in full_study(0) if (r.set_name, r.backbone) != ("pets", "single/icons")])
         assert study.representatives["single"]["classification"] == "single/scenes"
+
+    def test_variants_without_a_common_seed(self, tmp_path: Path) -> None:
+        """As while another seed of one of them runs; the one with most seeds stands for the role."""
+        records = [cell(name, "squeezed", seed, 50.0) for name in ("pets", "roads") for seed in (0, 1, 2)]
+        records += [cell(name, "single/a", seed, 40.0) for name in ("pets", "roads") for seed in (0, 1)]
+        records += [cell("pets", "single/b", 2, 45.0)]
+        study = analyse(records)
+        assert study.representatives["single"]["classification"] == "single/a"
+        write_report(study, records, tmp_path)
+
+    def test_goals_wait_for_cells_of_roles_that_are_there(self) -> None:
+        records = [
+            cell(name, backbone, 0, 50.0) for name in ("pets", "digits") for backbone in ("squeezed", "single/a")
+        ]
+        records = [record for record in records if (record.set_name, record.backbone) != ("digits", "single/a")]
+        assert analyse(records).verdicts
+        assert {item.reached for item in analyse(records).verdicts} == {None}
 
     def test_no_single_role(self) -> None:
         study = analyse([r for r in full_study(0) if r.role != "single"])
@@ -421,6 +454,22 @@ def test_a_flat_set_is_found() -> None:
     (check,) = analyse(records).checks
     assert check.flat
     assert check.chance == pytest.approx(1.0)
+
+
+@pytest.mark.parametrize("best", [50.0, 60.0])
+def test_without_noise_any_difference_counts(best: float) -> None:
+    """As of files that all seeds share, under a protocol without chance."""
+    records = [cell("pets", name, seed, 50.0) for name in ("single/a", "single/b") for seed in range(3)]
+    records += [cell("pets", "squeezed", seed, best) for seed in range(3)]
+    (check,) = analyse(records).checks
+    assert tells_apart(check) == (best > 50.0)
+
+
+def test_a_backbone_that_lacks_seeds_tells_nothing_of_a_set() -> None:
+    records = [cell("pets", name, seed, 20.0 * seed) for name in ("single/a", "squeezed") for seed in (0, 1)]
+    (alone,) = analyse(records).checks
+    (check,) = analyse([*records, cell("pets", "single/b", 1, 20.0)]).checks
+    assert (check.spread, check.noise, check.best) == (alone.spread, alone.noise, alone.best)
 
 
 class TestErrors:

@@ -87,6 +87,7 @@ def without_augmentation(head: CfgNode) -> CfgNode:
     head.INPUT.MIN_SIZE_TRAIN_SAMPLING = "choice"
     head.INPUT.RANDOM_FLIP = "none"
     head.INPUT.CROP.ENABLED = False
+    head.INPUT.COLOR_JITTER = 0.0
     return head
 
 

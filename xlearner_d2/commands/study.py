@@ -8,6 +8,7 @@ import logging
 from pathlib import Path
 
 from ..report.transfer import report_folder
+from ..results.records import read_records
 from ..results.statistics import check_subject
 from ..specs import ConfigError
 from ..transfer.command_line import base_parser, log_progress, seeds_of
@@ -34,7 +35,7 @@ def run(args: argparse.Namespace) -> None:
     check_suite(study.suite)
     check_runs(study)
     check_output(study, seeds_of(args), folder)
-    check_subject(args.subject, study.backbones)
+    check_subject(args.subject, [*study.backbones, *(record.backbone for record in read_records(folder))])
     if args.dry_run:
         print("\n".join(f"{name}: {text}" for name, text in study.backbones.items()))
         return

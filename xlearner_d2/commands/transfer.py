@@ -48,8 +48,9 @@ def run(args: argparse.Namespace) -> None:
     log_progress()
     backbones = parse_backbones(args.weights)
     names = [backbone.name for backbone in backbones]
-    subject = args.subject or (SUBJECT if SUBJECT in names else names[-1])
-    check_subject(subject, [*names, *(record.backbone for record in read_records(args.output))])
+    known = [*names, *(record.backbone for record in read_records(args.output))]
+    subject = args.subject or (SUBJECT if SUBJECT in known else names[-1])
+    check_subject(subject, known)
     measure(
         args.suite,
         backbones,

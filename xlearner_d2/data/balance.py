@@ -53,13 +53,16 @@ def share_images(total: int, sizes: Mapping[str, int], *, temperature: float, wo
 
 
 def classes_of(record: Record) -> set[int]:
-    """Classes that a record's labels name: one or several of the image, of its boxes or of its panoptic segments."""
+    """Classes that a record's labels name: one or several of the image, of its boxes or of its panoptic segments.
+
+    Crowds, from which no head learns, name none.
+    """
     if "category_id" in record:
         return {record["category_id"]}
     if "category_ids" in record:
         return set(record["category_ids"])
     parts = [*record.get("annotations", ()), *record.get("segments_info", ())]
-    return {part["category_id"] for part in parts}
+    return {part["category_id"] for part in parts if not part.get("iscrowd", 0)}
 
 
 def sampler_of(source: SourceSpec, head: CfgNode) -> str:

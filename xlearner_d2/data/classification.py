@@ -8,6 +8,7 @@ from PIL import Image, ImageOps
 from timm.data import create_transform
 
 from ..labels import image_labels
+from .files import orientation
 
 Record = dict[str, Any]
 
@@ -21,6 +22,7 @@ class ClassificationMapper:
         size: side of the square result in pixels.
         scale: share of the image's area that a training crop takes, at least and at most.
         hflip: probability of a horizontal flip in training.
+        vflip: of a vertical one.
         color_jitter: strength of brightness, contrast and saturation changes in training.
         auto_augment: a timm policy instead of colour jitter; "" for none.
         crop_pct: ``size`` divided by the length that a test image's shorter side is resized to.
@@ -35,6 +37,7 @@ class ClassificationMapper:
         size: int = 224,
         scale: tuple[float, float] = (0.25, 1.0),
         hflip: float = 0.5,
+        vflip: float = 0.0,
         color_jitter: float = 0.4,
         auto_augment: str = "",
         crop_pct: float = 0.875,
@@ -47,6 +50,7 @@ class ClassificationMapper:
             is_training=is_train,
             scale=scale,
             hflip=hflip,
+            vflip=vflip,
             color_jitter=color_jitter,
             auto_augment=auto_augment or None,
             crop_pct=crop_pct,
@@ -57,7 +61,8 @@ class ClassificationMapper:
     def __call__(self, record: Record) -> Record:
         """Add ``image``: uint8 tensor (3, size, size); with several labels, also ``category_ids``: list of ints."""
         with PathManager.open(record["file_name"], "rb") as stream, Image.open(stream) as file:
-            upright = ImageOps.exif_transpose(file).convert("RGB")  # as Detectron2's reader turns it
+            # As Detectron2's reader turns it.
+            upright = (ImageOps.exif_transpose(file) if orientation(file) != 1 else file).convert("RGB")
         width, height = upright.size
         image = self.transform(upright)
         if self.image_format == "BGR":
@@ -77,6 +82,7 @@ def build_classification_mapper(head: CfgNode, *, is_train: bool) -> Classificat
         size=options.SIZE,
         scale=tuple(options.SCALE),
         hflip=0.5 if head.INPUT.RANDOM_FLIP == "horizontal" else 0.0,
+        vflip=0.5 if head.INPUT.RANDOM_FLIP == "vertical" else 0.0,
         color_jitter=options.COLOR_JITTER,
         auto_augment=options.AUTO_AUGMENT,
         crop_pct=options.CROP_PCT,

@@ -12,7 +12,7 @@ from typing import IO, Any, NamedTuple
 import numpy as np
 from detectron2.utils.file_io import PathManager
 from iopath.common.file_io import PathHandler
-from PIL import Image
+from PIL import ExifTags, Image
 
 _TAR, _LABEL = "tar-member://", "label://"
 _TAR_PATH = re.compile(rf"{_TAR}(?P<tar>.*?)#(?P<offset>\d+)\+(?P<size>\d+)#(?P<name>.*)", re.DOTALL)
@@ -22,6 +22,17 @@ _INDEX_MODES = ("L", "P", "1", "I;16", "I")
 _MAX_LABEL = 255
 #: Grey PNGs of 2 and 4 bits, as Pillow names them, and what it multiplies their values by.
 _SCALED = {"L;2": 85, "L;4": 17}
+
+
+def orientation(image: Image.Image) -> int:
+    """The EXIF tag that says how an image is turned; 1, as it is stored, where its EXIF cannot be read.
+
+    Detectron2's reader takes such an image as it is, too.
+    """
+    try:
+        return int(image.getexif().get(ExifTags.Base.Orientation, 1))
+    except Exception:  # Pillow has many kinds for blocks that are no EXIF
+        return 1
 
 
 def tar_member_path(tar: str | os.PathLike[str], *, offset: int, size: int, name: str) -> str:

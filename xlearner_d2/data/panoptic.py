@@ -17,6 +17,9 @@ from .stock_mapper import build_stock_mapper, with_color_jitter
 
 Record = dict[str, Any]
 
+#: What of a record the mapper reads or makes anew.
+_REPLACED = ("pan_seg_file_name", "segments_info", "sem_seg_file_name")
+
 
 class PanopticMapper:
     """Instances of things, and semantic labels of stuff with one class for all things, as PanopticFPN wants them.
@@ -44,7 +47,7 @@ class PanopticMapper:
         given = T.AugInput(image, sem_seg=colours)  # as colours, which resize like labels
         self.augmentations(given)
         segments = rgb2id(given.sem_seg)  # (H, W)
-        labels = {key: value for key, value in record.items() if key not in ("pan_seg_file_name", "segments_info")}
+        labels = {key: value for key, value in record.items() if key not in _REPLACED}
         return {
             **labels,
             "height": record.get("height", image.shape[0]),
@@ -57,13 +60,17 @@ class PanopticMapper:
     def _semantic(self, segments: np.ndarray, infos: Sequence[Mapping[str, Any]]) -> np.ndarray:
         labels = np.full(segments.shape, self.ignore_label, dtype=np.int64)
         for info in infos:
-            is_thing = info["isthing"]
+            is_thing = self._is_thing(info)
             number = 0 if is_thing else self.labels.in_model(info["category_id"], is_thing=False)
             labels[segments == info["id"]] = number
         return labels
 
+    def _is_thing(self, info: Mapping[str, Any]) -> bool:
+        """Also where records do not say, as those of Detectron2's Cityscapes."""
+        return bool(info.get("isthing", info["category_id"] in self.labels.things))
+
     def _instances(self, segments: np.ndarray, infos: Sequence[Mapping[str, Any]]) -> Instances:
-        things = [info for info in infos if info["isthing"] and not info.get("iscrowd", 0)]
+        things = [info for info in infos if self._is_thing(info) and not info.get("iscrowd", 0)]
         masks = np.stack([segments == info["id"] for info in things]) if things else np.zeros((0, *segments.shape))
         found = Instances(segments.shape)
         found.gt_masks = BitMasks(torch.as_tensor(masks, dtype=torch.bool))
@@ -97,7 +104,9 @@ class _ByRecord:
         self.panoptic = panoptic
 
     def __call__(self, record: Record) -> Record:
-        return (self.separated if "sem_seg_file_name" in record else self.panoptic)(record)
+        # Cityscapes has semantic labels beside the panoptic ones, but no objects and other numbers.
+        separated = "sem_seg_file_name" in record and "annotations" in record
+        return (self.separated if separated else self.panoptic)(record)
 
 
 def build_panoptic_deeplab_mapper(head: CfgNode, *, is_train: bool) -> Callable[[Record], Record]:

@@ -99,10 +99,8 @@ class QuietCOCOEvaluator(FastCOCOEvaluator):
             # A file of an earlier run may describe other data.
             allow_cached_coco=False,
         )
-        annotations = self._coco_api.dataset.get("annotations", [])
+        annotations = _complete(self._coco_api)
         for annotation in annotations:
-            annotation.setdefault("iscrowd", 0)
-            annotation.setdefault("area", annotation["bbox"][2] * annotation["bbox"][3])
             if "keypoints" in annotation:
                 annotation.setdefault("num_keypoints", sum(visible > 0 for visible in annotation["keypoints"][2::3]))
         self._num_without_mask = sum(not annotation.get("segmentation") for annotation in annotations)
@@ -154,6 +152,42 @@ class QuietCOCOEvaluator(FastCOCOEvaluator):
         return coco_eval
 
 
+def _complete(truth: COCO) -> list[dict[str, Any]]:
+    """The annotations, which may lack ``iscrowd`` and ``area``, with both."""
+    annotations: list[dict[str, Any]] = truth.dataset.get("annotations", [])
+    for annotation in annotations:
+        annotation.setdefault("iscrowd", 0)
+        annotation.setdefault("area", annotation["bbox"][2] * annotation["bbox"][3])
+    return annotations
+
+
+class QuietRotatedCOCOEvaluator(RotatedCOCOEvaluator):
+    """Detectron2's evaluator of rotated boxes, except that nothing is printed, a model that finds no object gets AP 0
+    instead of NaN, annotations may lack ``iscrowd`` and ``area``, and crowds, which it cannot handle, are left out."""
+
+    def __init__(self, dataset_name: str, *, output_dir: str | None):
+        """See :func:`build_evaluator`."""
+        super().__init__(dataset_name, output_dir=output_dir, use_fast_impl=False, allow_cached_coco=False)
+        annotations = _complete(self._coco_api)
+        objects = [annotation for annotation in annotations if not annotation["iscrowd"]]
+        if len(objects) < len(annotations):
+            crowds = f"{len(annotations) - len(objects)} crowds of {dataset_name}"
+            logger.warning("%s are left out, so what is found there counts as wrong: boxes are rotated.", crowds)
+            self._coco_api.dataset["annotations"] = objects
+            with _stdout_to_log():
+                self._coco_api.createIndex()
+
+    def evaluate(self, img_ids: list[int] | None = None) -> dict[str, dict[str, float]]:
+        """See :meth:`detectron2.evaluation.COCOEvaluator.evaluate`."""
+        with _stdout_to_log():
+            return super().evaluate(img_ids)
+
+    def _derive_coco_results(self, coco_eval: Any, iou_type: str, class_names: Any = None) -> dict[str, float]:
+        found = super()._derive_coco_results(coco_eval, iou_type, class_names)
+        nothing = coco_eval is None and self._coco_api.dataset.get("annotations")
+        return dict.fromkeys(found, 0.0) if nothing else found
+
+
 def _write_coco_json(dataset_name: str) -> str:
     """A COCO json of a data set that was read from another format."""
     path = str(temporary_folder() / f"{dataset_name}.json")
@@ -202,7 +236,7 @@ def _build_coco(name: str, meta: Metadata, output_dir: str | None, head: CfgNode
     if "json_file" not in meta.as_dict():
         meta.json_file = _write_coco_json(name)
     if head is not None and has_rotated_boxes(head):
-        return RotatedCOCOEvaluator(name, output_dir=output_dir, use_fast_impl=False, allow_cached_coco=False)
+        return QuietRotatedCOCOEvaluator(name, output_dir=output_dir)
     return QuietCOCOEvaluator(name, output_dir=output_dir, keypoint_sigmas=_keypoint_sigmas(meta, head))
 
 

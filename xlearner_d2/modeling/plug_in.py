@@ -22,6 +22,9 @@ from .branches import freeze_norm
 from .expanded import STAGES, ExpandedBackbone, build_expanded_backbone
 from .necks import make_fpn, make_retinanet_fpn
 
+#: Where the configs of the model zoo start from, unless told otherwise.
+_BACKBONES_OF_THE_ZOO = "detectron2://ImageNetPretrained/"
+
 
 class ExpandedBranch(Backbone):
     """One task's branch with the auxiliary branches that it listens to.
@@ -131,8 +134,14 @@ def build_xlearner_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> ExpandedBra
     """The branch ``XLEARNER.PLUG_IN.TASK`` of ``XLEARNER.PLUG_IN.WEIGHTS``, where a plain ResNet would stand.
 
     ``MODEL.RESNETS.OUT_FEATURES``, ``MODEL.BACKBONE.FREEZE_AT`` and a frozen ``MODEL.RESNETS.NORM`` are honoured.
+
+    Raises:
+        ConfigError: see :func:`expanded_branch`; also where ``MODEL.WEIGHTS`` is a ResNet of the model zoo.
     """
     options = cfg.XLEARNER.PLUG_IN
+    if cfg.MODEL.WEIGHTS.startswith(_BACKBONES_OF_THE_ZOO):
+        wish = "set it to '' (or to a checkpoint of this very model)"
+        raise ConfigError([f"MODEL.WEIGHTS is {cfg.MODEL.WEIGHTS}, which would be loaded over the branch: {wish}."])
     features = cfg.MODEL.RESNETS.OUT_FEATURES
     where = "XLEARNER.PLUG_IN.TASK: "
     branch = expanded_branch(options.WEIGHTS, options.TASK, out_features=features, used_by=cfg, where=where)

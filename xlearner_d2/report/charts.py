@@ -138,7 +138,11 @@ def bars(title: str, description: str, rows: Sequence[Row], *, key: str) -> Elem
 
 
 def curves(title: str, description: str, lines: Sequence[Line], *, key: str) -> Element:
-    """Curves by backbone with a legend below; x is logarithmic when it spans more than a factor of twenty."""
+    """Curves by backbone with a legend below; x is logarithmic when it spans more than a factor of twenty.
+
+    Of backbones of one role, which have one colour, those that end highest are drawn, as many as there are dashes.
+    """
+    lines, left_out = _told_apart(lines)
     left, right, top, bottom = 34.0, _WIDTH - 10.0, 8.0, 190.0
     xs = sorted({x for line in lines for x, _, _ in line.points})
     ys = [y for line in lines for _, y, _ in line.points]
@@ -156,7 +160,9 @@ def curves(title: str, description: str, lines: Sequence[Line], *, key: str) -> 
     for index, (line, dash) in enumerate(_dashed(lines)):
         marks += _curve(line, dash, across, up)
         marks += _legend_entry(line, dash, x=_WIDTH / 2 * (index % 2), y=legend + step * (index // 2))
-    height = legend + step * ((len(lines) + 1) // 2) - 8
+    if left_out:
+        marks.append(_text(f"and {left_out} more, as numbers", 0, legend + step * ((len(lines) + 1) // 2)))
+    height = legend + step * ((len(lines) + 1) // 2 + bool(left_out)) - 8
     return drawing(title, description, marks, width=_WIDTH, height=height, key=key)
 
 
@@ -184,10 +190,21 @@ def _apart(values: Iterable[float], place: Callable[[float], float], gap: float 
     return found
 
 
+def _told_apart(lines: Sequence[Line]) -> tuple[list[Line], int]:
+    """Lines that differ in colour or dashes, and how many were left out for it: never the strong one."""
+    by_rank = sorted(lines, key=lambda line: (line.strong, line.points[-1][1]), reverse=True)
+    shown, seen = set(), Counter[str]()
+    for line in by_rank:
+        seen[role_class(line.backbone)] += 1
+        if seen[role_class(line.backbone)] <= len(_DASHES):
+            shown.add(line.backbone)
+    return [line for line in lines if line.backbone in shown], len(lines) - len(shown)
+
+
 def _dashed(lines: Iterable[Line]) -> Iterable[tuple[Line, str | None]]:
     """Each line with a dash pattern that tells it from others of its colour."""
     seen: Counter[str] = Counter()
     for line in lines:
         colour = role_class(line.backbone)
-        yield line, _DASHES[seen[colour] % len(_DASHES)]
+        yield line, _DASHES[seen[colour]]
         seen[colour] += 1

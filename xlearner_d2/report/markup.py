@@ -65,8 +65,8 @@ def table(caption: Child, header: Sequence[str], rows: Iterable[Iterable[Child]]
         element("thead", element("tr", head)),
         element("tbody", body),
     )
-    # What scrolls can be reached with the keyboard.
-    return element("div", found, class_="scroll", tabindex="0")
+    # What scrolls can be reached with the keyboard, and says what it is.
+    return element("div", found, class_="scroll", tabindex="0", role="group", aria_label="".join(found[0].itertext()))
 
 
 def _breakable(name: str) -> Iterable[Child]:

@@ -160,8 +160,7 @@ def _draw_truth(visualizer: Visualizer, record: Record, output: Mapping[str, Any
         _draw_panoptic(visualizer, transform.apply_segmentation(segments.astype(np.float32)), record["segments_info"])
         return
     if "depth" in output and "depth_file_name" in record:
-        depth = read_depth(record["depth_file_name"], scale=record["depth_scale"])
-        draw_depth(visualizer, transform.apply_segmentation(depth))
+        draw_depth(visualizer, transform.apply_segmentation(_true_depth(record)))
     if "label_scores" in output:
         names = visualizer.metadata.get("classes", ()) or visualizer.metadata.get("thing_classes", ())
         draw_caption(visualizer, [(_name(names, label), _WHITE) for label in image_labels(record)[:_MOST_LABELS]])
@@ -195,12 +194,15 @@ def _draw_output(
     visualizer: Visualizer, record: Record, output: Mapping[str, Any], *, score_threshold: float, max_fallback: int
 ) -> None:
     height, width = visualizer.img.shape[:2]
-    if "panoptic_seg" in output and output["panoptic_seg"][1] is not None:
-        segments, infos = output["panoptic_seg"]
+    segments, infos = output.get("panoptic_seg", (None, None))
+    # Panoptic-DeepLab says what its segments are by their numbers alone.
+    if infos is not None or (segments is not None and "label_divisor" in visualizer.metadata.as_dict()):
         _draw_panoptic(visualizer, _enlarge(segments, height, width), infos)
         return
     if "depth" in output:
-        draw_depth(visualizer, _enlarge(output["depth"], height, width))
+        truth = _true_depth(record) if "depth_file_name" in record else np.zeros(0)
+        nearest = float(truth[truth > 0].min()) if (truth > 0).any() else None
+        draw_depth(visualizer, _enlarge(output["depth"], height, width), nearest=nearest)
     if "label_scores" in output:
         names = visualizer.metadata.get("classes", ()) or visualizer.metadata.get("thing_classes", ())
         draw_caption(visualizer, _likely_labels(output["label_scores"], image_labels(record), names))
@@ -210,8 +212,8 @@ def _draw_output(
         draw_labels(visualizer, logits[0].argmax(dim=0).numpy())
     if "instances" in output:
         instances = _best(output["instances"].to("cpu"), score_threshold, max_fallback)
-        boxes = instances.pred_boxes.tensor.detach().clone()
-        boxes *= torch.tensor([width / instances.image_size[1], height / instances.image_size[0]]).repeat(2)
+        boxes = instances.pred_boxes.clone()
+        boxes.scale(width / instances.image_size[1], height / instances.image_size[0])
         masks = None
         if instances.has("pred_masks"):
             small = instances.pred_masks.float()[:, None]  # [instances, 1, height, width]
@@ -219,7 +221,7 @@ def _draw_output(
                 [mask[0].numpy() for mask in F.interpolate(small, size=(height, width)).byte()] if len(small) else []
             )
         classes, scores = instances.pred_classes.tolist(), instances.scores.tolist()
-        overlay(visualizer, classes, scores=scores, boxes=boxes.numpy(), masks=masks)
+        overlay(visualizer, classes, scores=scores, boxes=boxes.tensor.detach().numpy(), masks=masks)
     if "scores" in output:
         draw_caption(visualizer, _guesses(output["scores"], record, visualizer.metadata.get("classes", ())))
 
@@ -229,16 +231,27 @@ def _enlarge(values: torch.Tensor, height: int, width: int) -> np.ndarray:
     return F.interpolate(values.detach().float().cpu()[None, None], size=(height, width))[0, 0].numpy()
 
 
-def _draw_panoptic(visualizer: Visualizer, segments: np.ndarray, infos: Sequence[Mapping[str, Any]]) -> None:
-    shown = [{key: info[key] for key in ("id", "category_id", "isthing")} for info in infos]
+def _draw_panoptic(visualizer: Visualizer, segments: np.ndarray, infos: Sequence[Mapping[str, Any]] | None) -> None:
+    """Segments by number, [H, W]; without ``infos`` a number is that of the class times ``label_divisor`` and more."""
+    keys = ("id", "category_id", "isthing")
+    shown = None if infos is None else [{key: info[key] for key in keys} for info in infos]
     visualizer.draw_panoptic_seg(torch.as_tensor(segments.astype(np.int64)), shown, area_threshold=0, alpha=0.55)
 
 
-def draw_depth(visualizer: Visualizer, depth: np.ndarray) -> None:
-    """Near is bright; where nothing is known, the image stays."""
+def _true_depth(record: Record) -> np.ndarray:
+    return read_depth(record["depth_file_name"], scale=record["depth_scale"])
+
+
+def draw_depth(visualizer: Visualizer, depth: np.ndarray, *, nearest: float | None = None) -> None:
+    """Near is bright; where nothing is known, the image stays.
+
+    Args:
+        nearest: what is brightest; by default, the nearest that there is.
+    """
     known = depth > 0
     inverse = np.divide(1, depth, where=known, out=np.zeros_like(depth))
-    colours = matplotlib.colormaps["inferno"](inverse / max(float(inverse.max()), 1e-9))[..., :3]
+    brightest = 1 / nearest if nearest else max(float(inverse.max()), 1e-9)
+    colours = matplotlib.colormaps["inferno"](np.clip(inverse / brightest, 0, 1))[..., :3]
     image = np.where(known[..., None], 255 * colours, visualizer.img)
     visualizer.output.ax.imshow(
         image.astype(np.uint8), extent=(0, visualizer.output.width, visualizer.output.height, 0)

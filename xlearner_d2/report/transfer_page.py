@@ -74,7 +74,8 @@ def _verdict(study: Study, records: Sequence[CellRecord]) -> Element:
         element("ul", items, class_="goals"),
         _quiet(
             "The baseline of a role is its strongest single file in that family, or, where a goal says so, the one "
-            "that is strongest overall; both are picked by these same results. "
+            f"that is strongest overall; of the files that have all seeds of {study.subject}, both are picked by these "
+            "same results. "
             "That favours the baseline, so the differences below are rather too small than too large. "
             "Intervals are Student t over seeds; with few seeds they are wide."
         ),

@@ -108,7 +108,7 @@ def comparisons(study: Study) -> Table:
                 str(item.difference.n),
             )
             for item in study.comparisons
-            if item.kind != "set" and (item.choice == "family" or item.baseline != chosen[item.role, item.name])
+            if item.kind != "set" and (item.choice == "family" or item.baseline != chosen.get((item.role, item.name)))
         ],
     )
 
@@ -177,8 +177,9 @@ def checks(study: Study) -> Table:
     """Which sets tell backbones apart."""
     header = "set, protocol, trivial, random, best trained, over random, spread, noise, chance, tells apart"
     return Table(
-        caption="Trained is every backbone but random. Spread is from the worst to the best of them, noise their "
-        "pooled standard deviation over seeds; chance is the probability that equal backbones would differ as much.",
+        caption="Trained is every backbone but random; of them, those that have every seed, if there are two. Spread "
+        "is from the worst to the best of them, noise their pooled standard deviation over seeds; chance is the "
+        "probability that equal backbones would differ as much.",
         header=header.split(", "),
         words=2,
         rows=[

@@ -66,7 +66,8 @@ def sentence(verdict: Verdict, subject: str) -> str:
     """What was found for a goal."""
     found, goal, baseline = verdict.found, verdict.goal, verdict.baseline
     if found is None or found.mean is None:
-        return f"There are no complete cells of {subject} and of the role {goal.role} to compare."
+        text = f"There are no complete cells of {subject} and of the role {goal.role} to compare"
+        return f"{text}." if goal.measure == "difference" else f"{text}, or these are not above 0."
     size = number(abs(found.mean))
     if goal.measure == "difference":
         what = f"is {size} points {'below' if found.mean < 0 else 'above'} {baseline}"

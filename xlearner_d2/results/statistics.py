@@ -2,7 +2,7 @@
 
 import math
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass
 from statistics import fmean
 
@@ -93,7 +93,8 @@ def _analyse(
     values = _primary_values(records, primary)
     representatives = _representatives(values, scopes, backbones, subject)
     comparisons = tuple(_comparisons(values, scopes, representatives, subject))
-    goals = goals if any(goal.role in representatives for goal in goals) else ()
+    roles = {role_of(name) for name in backbones if name != subject}
+    goals = goals if any(goal.role in roles for goal in goals) else ()
     set_means = tuple(_set_means(records, families))
     seeds = tuple(sorted({record.seed for record in records}))
     return Study(
@@ -218,23 +219,34 @@ def _mean(values: Values, groups: Groups) -> dict[int, float]:
 def _representatives(
     values: Mapping[str, Values], scopes: Iterable[_Scope], backbones: Sequence[str], subject: str
 ) -> dict[str, dict[str, str]]:
-    """Role -> family or overall -> the strongest backbone of that role there, the subject left out; random last."""
+    """Role -> family or overall -> the strongest backbone of that role there, the subject left out; random last.
+
+    It is chosen over the subject's seeds, over which it is compared, of the backbones that have all of these.
+    """
     roles = sorted(map(role_of, backbones), key=lambda role: role == "random")
     found: dict[str, dict[str, str]] = {role: {} for role in roles}
     for scope in (scope for scope in scopes if scope.kind != "set"):
+        wanted = set(_mean(values[subject], scope.groups))
         for role in found:
             candidates = [name for name in backbones if role_of(name) == role and name != subject]
             series = {name: _mean(values[name], scope.groups) for name in candidates}
-            best = _best({name: by_seed for name, by_seed in series.items() if by_seed})
+            best = _best({name: by_seed for name, by_seed in series.items() if by_seed}, wanted)
             if best is not None:
                 found[role][scope.name] = best
     return {role: names for role, names in found.items() if names}
 
 
-def _best(series: Mapping[str, Mapping[int, float]]) -> str | None:
-    """The name with the highest mean over the seeds that all have; the first of equals."""
-    seeds = sorted(set.intersection(*map(set, series.values()))) if series else []
-    return max(series, key=lambda name: fmean(series[name][seed] for seed in seeds)) if seeds else None
+def _best(series: Mapping[str, Mapping[int, float]], wanted: Set[int]) -> str | None:
+    """The name with the highest mean over the wanted seeds, of those that have them all; the first of equals.
+
+    Where none has, over the seeds that all have; where these share none, the name with most seeds.
+    """
+    whole = {name: by_seed for name, by_seed in series.items() if wanted and wanted <= set(by_seed)} or series
+    seeds = set.intersection(*map(set, whole.values())) if whole else set()
+    seeds = seeds & wanted or seeds
+    if not seeds:
+        return max(series, key=lambda name: len(series[name]), default=None)
+    return max(whole, key=lambda name: fmean(whole[name][seed] for seed in sorted(seeds)))
 
 
 def _comparisons(
@@ -340,7 +352,7 @@ def _checks(records: Iterable[CellRecord], set_means: Iterable[SetMean]) -> Iter
     for item in set_means:
         found[item.set_name, item.protocol].append(item)
     for (set_name, protocol), items in found.items():
-        trained = [item.value for item in items if role_of(item.backbone) != "random"]
+        trained = _comparable([item.value for item in items if role_of(item.backbone) != "random"])
         random = [item.value for item in items if role_of(item.backbone) == "random"]
         means, noise = _means(trained), _pooled_std(trained)
         spread = max(means) - min(means) if len(means) > 1 else None
@@ -357,6 +369,13 @@ def _checks(records: Iterable[CellRecord], set_means: Iterable[SetMean]) -> Iter
         )
 
 
+def _comparable(estimates: Sequence[Estimate]) -> Sequence[Estimate]:
+    """Those that have every seed, if there are two: seeds may differ more than backbones."""
+    seeds = {seed for estimate in estimates for seed in estimate.by_seed}
+    whole = [estimate for estimate in estimates if set(estimate.by_seed) == seeds]
+    return whole if len(whole) > 1 else estimates
+
+
 def _means(estimates: Iterable[Estimate]) -> list[float]:
     return [estimate.mean for estimate in estimates if estimate.mean is not None]
 
@@ -371,8 +390,10 @@ def _chance(estimates: Sequence[Estimate], noise: float | None) -> float | None:
     """P value of a one-way analysis of variance."""
     values = [value for estimate in estimates for value in estimate.by_seed.values()]
     between, within = len(estimates) - 1, len(values) - len(estimates)
-    if not noise or between < 1:
+    if noise is None or between < 1:
         return None
+    if not noise:  # as of files that are the same for all seeds, and protocols without chance
+        return 0.0 if len(set(_means(estimates))) > 1 else 1.0
     centre = fmean(values)
     variance = sum(
         estimate.n * (mean - centre) ** 2 for estimate, mean in zip(estimates, _means(estimates), strict=True)

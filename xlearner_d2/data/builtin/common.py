@@ -1,5 +1,6 @@
 """What the readers of all formats share: paths, lists of class names, and the entry in Detectron2's catalogs."""
 
+import logging
 import os
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
@@ -7,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from detectron2.data import DatasetCatalog, MetadataCatalog
+from detectron2.utils.logger import log_first_n
 from torchvision.datasets.folder import IMG_EXTENSIONS
 
 from ...specs import ConfigError, DatasetSpec
@@ -29,6 +31,15 @@ def raise_if_any(problems: Problems) -> None:
 def fail(spec: DatasetSpec, text: str) -> ConfigError:
     """The error for a single problem of a data set."""
     return ConfigError([f"{subject(spec)}: {text}"], what="The data")
+
+
+def warn_unlabelled(spec: DatasetSpec, names: list[str], num_images: int, folder: Path) -> None:
+    """Say which images are left out; names of them, of so many, whose labels were looked for in a folder."""
+    if names:
+        shown = ", ".join(names[:5]) + (", …" if len(names) > 5 else "")
+        count = f"{len(names)} of {num_images} images"
+        text = f"{subject(spec)}: {count} have no label in {folder} and are left out: {shown}"
+        log_first_n(logging.WARNING, text, key="message")  # a study reads the same data for each of its runs
 
 
 def find_folder(spec: DatasetSpec, key: str, path: Path) -> Path:

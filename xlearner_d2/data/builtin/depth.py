@@ -6,7 +6,7 @@ from pathlib import Path
 
 from ...specs import DatasetSpec
 from ..problems import Problems
-from .common import Records, add_to_catalogs, fail, find_folder, list_images, raise_if_any, subject
+from .common import Records, add_to_catalogs, fail, find_folder, list_images, raise_if_any, subject, warn_unlabelled
 
 _SUFFIXES = (".png", ".npy")
 
@@ -50,6 +50,7 @@ def _read(spec: DatasetSpec, image_folder: Path, label_folder: Path) -> Records:
     raise_if_any(problems)
     if not labels:
         raise fail(spec, f"{label_folder} holds no depth map, but .png or .npy files directly below it are expected.")
+    warn_unlabelled(spec, sorted(images.keys() - labels.keys()), len(images), label_folder)
     return [
         {"file_name": str(images[name]), "depth_file_name": str(path), "depth_scale": spec.scale}
         for name, path in labels.items()

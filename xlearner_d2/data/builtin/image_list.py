@@ -46,20 +46,22 @@ def register(spec: DatasetSpec, root: Path) -> None:
         _check_separators(spec, file, classes)
     add_to_catalogs(
         spec.name,
-        functools.partial(_records, folder, rows, _indices(spec, file, rows, classes), multi_label=spec.multi_label),
+        functools.partial(_records, folder, rows, _indices(spec, file, rows, classes), spec=spec),
         classes=classes,
         image_root=str(folder),
         evaluator_type="multi_label" if spec.multi_label else "classification",
     )
 
 
-def _records(folder: Path, rows: Sequence[Row], indices: Sequence[tuple[int, ...]], *, multi_label: bool) -> Records:
+def _records(folder: Path, rows: Sequence[Row], indices: Sequence[tuple[int, ...]], *, spec: DatasetSpec) -> Records:
     """One record per image: ``file_name``, ``image_id`` (the path in the list), and ``category_id`` (int), or for
     several labels ``category_ids`` (sorted list of int)."""
     records: Records = []
     for row, found in zip(rows, indices, strict=True):
-        label = {"category_ids": sorted(set(found))} if multi_label else {"category_id": found[0]}
-        records.append({"file_name": str(folder / row.path), "image_id": row.path, **label})
+        label = {"category_ids": sorted(set(found))} if spec.multi_label else {"category_id": found[0]}
+        # In some lists, such as that of Places365, paths below IMAGES begin with a slash.
+        path = row.path.lstrip("/") if spec.images and not Path(row.path).is_relative_to(folder) else row.path
+        records.append({"file_name": str(folder / path), "image_id": row.path, **label})
     return records
 
 

@@ -1,5 +1,6 @@
 """Labels as a list of images gives them, names or numbers, and the class indices that they stand for."""
 
+import functools
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
@@ -30,6 +31,7 @@ class LabelIndex:
 
     def __init__(self, classes: Sequence[str]):
         self.by_name = {name: index for index, name in enumerate(classes)}
+        self.expected = functools.cache(self._expected)  # a whole list of wrong labels has few that differ
         self.takes_numbers = all(int(name) == index for name, index in self.by_name.items() if name.isdecimal())
 
     def __getitem__(self, label: str) -> int | None:
@@ -39,7 +41,7 @@ class LabelIndex:
             return int(label)
         return found
 
-    def expected(self, label: str) -> str:
+    def _expected(self, label: str) -> str:
         """In words: what was expected instead of a label."""
         count = len(self.by_name)
         number = f", or a number from 0 to {count - 1}," if self.takes_numbers else ""

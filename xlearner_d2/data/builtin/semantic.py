@@ -5,12 +5,10 @@ and pairs images and labels by position, so that equally many of either with dif
 """
 
 import functools
-import logging
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from detectron2.utils.logger import log_first_n
 from torchvision.datasets.folder import IMG_EXTENSIONS
 
 from ...specs import DatasetSpec
@@ -26,6 +24,7 @@ from .common import (
     read_text,
     subject,
     walk_images,
+    warn_unlabelled,
 )
 
 #: Bit depth and colour type in the header of a PNG that holds one 8-bit channel, and where they are.
@@ -139,7 +138,7 @@ def _read(
     labels = _find(spec, label_folder, suffix=spec.label_suffix, key="LABEL_SUFFIX", formats=(".png",))
     if listed is None:
         _check_labels(spec, image_folder, images, labels)
-        _warn_unlabelled(spec, sorted(images.keys() - labels.keys()), len(images), label_folder)
+        warn_unlabelled(spec, sorted(images.keys() - labels.keys()), len(images), label_folder)
         pairs = [(images[name], labels[name]) for name in labels]
     else:
         found_images = _choose(spec, image_folder, images, [image for image, _ in listed], spec.image_suffix, "image")
@@ -192,11 +191,3 @@ def _check_labels(spec: DatasetSpec, folder: Path, images: Mapping[str, str], la
         cure = "If the names differ in their ends, set IMAGE_SUFFIX or LABEL_SUFFIX."
         problems.add("labels without an image", f"{text} {cure}")
     raise_if_any(problems)
-
-
-def _warn_unlabelled(spec: DatasetSpec, names: list[str], num_images: int, folder: Path) -> None:
-    if names:
-        shown = ", ".join(names[:5]) + (", …" if len(names) > 5 else "")
-        count = f"{len(names)} of {num_images} images"
-        text = f"{subject(spec)}: {count} have no label in {folder} and are left out: {shown}"
-        log_first_n(logging.WARNING, text, key="message")  # a study reads the same data for each of its runs

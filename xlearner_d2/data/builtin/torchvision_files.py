@@ -79,7 +79,7 @@ def how_to_obtain(spec: DatasetSpec, root: Path, *parts: Part) -> str:
 
 def _call(spec: DatasetSpec, root: Path, part: Part) -> str:
     arguments = [json.dumps(str(root))]
-    if spec.dataset in ("SVHN", "GTSRB"):  # all others download every split at once
+    if spec.dataset in ("SVHN", "GTSRB", "PCAM"):  # all others download every split at once
         arguments.append(f"split={json.dumps(part.options['split'])}")
     return f"datasets.{spec.dataset}({', '.join(arguments)}, download=True)"
 
