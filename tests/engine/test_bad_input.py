@@ -176,9 +176,13 @@ CASES = {
         lambda p: set_source(p, "boxes", TRAIN=["t_pics"], TEST=[]),
         r"SOURCES\.boxes: the data set 't_pics' has no thing_classes, which GeneralizedRCNN learns from",
     ),
-    "mismatching channels": (
+    "another network than the branch's": (
         lambda p: set_source(p, "areas", OPTS=["MODEL.RESNETS.RES2_OUT_CHANNELS", 32]),
-        r"SOURCES\.areas: .* wants res2 with 32 channels at stride 4, but the branch .* has 16 channels at stride 4",
+        r"SOURCES\.areas\.OPTS sets MODEL\.RESNETS\.RES2_OUT_CHANNELS to 32, but it holds for all sources and is 16",
+    ),
+    "other pixels than the branch's": (
+        lambda p: set_source(p, "areas", OPTS=["MODEL.PIXEL_STD", [57.0, 57.0, 58.0]]),
+        r"OPTS sets MODEL\.PIXEL_STD to \[57\.0, 57\.0, 58\.0\], but it holds for all sources and is \[1\.0, 1\.0",
     ),
     "mismatching strides": (
         dilated_neighbour,

@@ -18,6 +18,7 @@ from xlearner_d2.engine.optimizer import (
     make_optimizer,
     make_schedule,
 )
+from xlearner_d2.specs import ConfigError
 
 
 def config(*opts: Any) -> CfgNode:
@@ -238,3 +239,14 @@ def test_a_first_step_that_a_loss_scaler_skips_leaves_no_momentum() -> None:
         torch.use_deterministic_algorithms(False)
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
     assert all(not optimizer.state[p]["momentum_buffer"].any() for p in model.parameters())
+
+
+def test_decays_that_put_other_parameters_together_are_refused() -> None:
+    cfg = get_cfg()
+    add_xlearner_config(cfg)
+    cfg.SOLVER.WEIGHT_DECAY, cfg.SOLVER.WEIGHT_DECAY_NORM = 0.05, 0.0
+    model = nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4))
+    saved = make_optimizer(cfg, model).state_dict()
+    cfg.SOLVER.WEIGHT_DECAY = 0.0
+    with pytest.raises(ConfigError, match=r"make groups of \[4\] parameters, but the checkpoint has \[2, 2\]: a run"):
+        make_optimizer(cfg, model).load_state_dict(saved)

@@ -11,6 +11,7 @@ from conftest import Project
 
 from xlearner_d2.checkpoint.load import read_checkpoint
 from xlearner_d2.engine.plan import Plan, check_output, make_plan
+from xlearner_d2.engine.resumed import check_unchanged, keep_config
 from xlearner_d2.specs import ConfigError
 
 
@@ -49,6 +50,26 @@ def test_what_checkpoints_are_made_of_stays(project: Project, dry: bool) -> None
         f"XLEARNER.WEIGHTING.METHOD is 'dwa', {wish.format('fixed')}",
     ]
     assert Path(project.root / "out/config.yaml").read_text() == kept
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("MODEL.RESNETS.NORM", "GN"),
+        ("MODEL.BACKBONE.TIMM", "test_resnet"),
+        ("XLEARNER.SHARING", "separate"),
+        ("XLEARNER.RECONCILIATION.CROSS_SCALE", False),
+        ("XLEARNER.FREEZE", ["classification"]),
+        ("XLEARNER.WEIGHTING.METHOD", "dwa"),
+        ("SOLVER.OPTIMIZER", "SGD"),
+        ("XLEARNER.SQUEEZE.SOLVER.OPTIMIZER", "SGD"),
+    ],
+)
+def test_every_setting_that_stays(project: Project, tmp_path: Path, name: str, value: Any) -> None:
+    keep_config(project.load("OUTPUT_DIR", tmp_path))
+    assert check_unchanged(project.load("OUTPUT_DIR", tmp_path, "SOLVER.BASE_LR", 0.5)) == []
+    (problem,) = check_unchanged(project.load("OUTPUT_DIR", tmp_path, name, value))
+    assert problem.startswith(f"{name} is {value!r}, but the run in {tmp_path} has ")
 
 
 def test_a_student_of_another_teacher_is_not_taken_for_done(project: Project, tmp_path: Path) -> None:

@@ -19,6 +19,7 @@ from xlearner_d2.engine.plan import make_plan
 from xlearner_d2.engine.squeeze import build_squeeze_hook, load_teacher
 from xlearner_d2.engine.squeeze_settings import squeeze_config
 from xlearner_d2.engine.steps import StepTrainer
+from xlearner_d2.exports.student import load_student
 from xlearner_d2.specs import ConfigError
 
 
@@ -79,7 +80,7 @@ def test_each_stage_logs_its_losses_and_its_learning_rate(finished):
 def test_student_loads_into_a_model_zoo_config(finished):
     """Through Detectron2's own checkpointer, with the student's width set as a user would set it."""
     cfg = model_zoo.get_config("COCO-Detection/faster_rcnn_R_50_FPN_1x.yaml")
-    cfg.merge_from_list(["MODEL.DEVICE", "cpu", "MODEL.RESNETS.STRIDE_IN_1X1", False])
+    cfg.merge_from_list(["MODEL.DEVICE", "cpu"])
     for key, value in finished.content["MODEL"]["RESNETS"].items():
         cfg.MODEL.RESNETS[key] = value
     model = build_model(cfg)
@@ -88,6 +89,11 @@ def test_student_loads_into_a_model_zoo_config(finished):
     student = weights(finished.root / "out/student_d2.pth")
     assert loaded.keys() == student.keys()
     assert same(loaded, student)
+    images = 255 * torch.rand(2, 3, 64, 64, generator=torch.Generator().manual_seed(0))
+    normalised = (images - model.pixel_mean) / model.pixel_std
+    with torch.no_grad():
+        own = load_student(finished.root / "out/student_d2.pth").network.eval()(normalised)
+        assert same(model.eval().backbone.bottom_up(normalised), own)
 
 
 @pytest.mark.parametrize("stage", ["expand", "squeeze"])

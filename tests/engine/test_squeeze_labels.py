@@ -255,6 +255,25 @@ def test_ill_typed_settings_are_refused(finished: Project, key: str, value: Any,
             ("XLEARNER.SQUEEZE.TEACHER_STAGES", ["res5", "res4"]),
             r"TEACHER_STAGES has res5 for res4 of the student, but the same stage or a shallower one is expected",
         ),
+        (
+            ("XLEARNER.SQUEEZE.STAGES", ["res5", "res5"]),
+            r"SQUEEZE\.STAGES names res5 more than once, but a stage learns from one of the branches' stages",
+        ),
+        (
+            ("XLEARNER.SQUEEZE.STAGE_WEIGHTS", [-1.0, 1.0]),
+            r"STAGE_WEIGHTS is \[-1\.0, 1\.0\], but finite numbers of at least 0 are expected",
+        ),
+        (
+            (*HINTS, "XLEARNER.SQUEEZE.STAGE_WEIGHTS", [0.0, 0.0]),
+            r"STAGE_WEIGHTS is \[0\.0, 0\.0\], so the student learns nothing unless TASK_LOSSES is True",
+        ),
+        (
+            (
+                *(*HINTS, "XLEARNER.SQUEEZE.TASK_WEIGHTS.detection", 0.0),
+                *("XLEARNER.SQUEEZE.OWN_IMAGES", True, "XLEARNER.STEPS", "alternating"),
+            ),
+            r"nothing is learned from the steps of task 'detection', whose branch gives no hint\. Set TASK_LOSSES",
+        ),
         (("XLEARNER.SQUEEZE.TEACHER_STAGES", ["res4", "res6"]), r"TEACHER_STAGES is 'res6'\. Did you mean"),
         (("XLEARNER.SQUEEZE.EMA_DECAY", 1.0), r"EMA_DECAY is 1\.0, but 0 to below 1 is expected"),
         (

@@ -237,3 +237,14 @@ def test_a_stage_that_no_branch_has_is_refused(project: Project, sharing: str) -
     shallow = ("XLEARNER.SQUEEZE.TEACHER_STAGES", ["res3", "res3"])
     assert list(hook_of(plan_of(project, *shallow)).distiller.projectors["classification"]) == ["res4", "res5"]
     plan_of(project, "XLEARNER.SQUEEZE.HINT_WEIGHT", 0.0)  # labels alone
+
+
+def test_an_online_student_has_statistics_of_what_it_learned_from(
+    project: Project, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not of sources that give images to an offline squeeze alone, or other shares of them."""
+    plan = plan_of(project, "XLEARNER.SQUEEZE.ONLINE", True, "XLEARNER.STAGE", "expand")
+    stages: list[str] = []
+    monkeypatch.setattr("xlearner_d2.engine.squeeze.build_loader", lambda plan, stage, **_: stages.append(stage))
+    build_squeeze_hook(plan, build_model(plan.cfg), [], max_iter=1)
+    assert stages == ["expand"]

@@ -14,10 +14,13 @@ from processes import LONG, Processes
 from torch import nn
 
 from xlearner_d2 import XLearner
+from xlearner_d2.engine.norm_statistics import share_norm_statistics
+from xlearner_d2.engine.plan import make_plan
 from xlearner_d2.engine.steps import LossesByBranch
-from xlearner_d2.engine.trainer import distributed
+from xlearner_d2.engine.trainer import build_loader, distributed
 from xlearner_d2.modeling.distill import Distiller
 from xlearner_d2.modeling.expanded import TRUNK
+from xlearner_d2.modeling.normalisers import NORMALISERS
 from xlearner_d2.settings import SHARING
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="forked processes cannot use autograd beside GPUs")
@@ -222,3 +225,50 @@ def test_heads_that_count_on_their_own_average_over_the_workers(build, make_batc
     for found, wanted in in_two(work):
         assert_close(found, wanted, tolerance=1e-5)
         assert not any(value.any() for name, value in found.items() if name.startswith("heads.pics"))
+
+
+def test_running_statistics_become_their_mean(in_two):
+    def work(rank):
+        norm = nn.BatchNorm2d(2)
+        norm.running_mean += torch.tensor([2.0, 4.0]) * rank
+        norm.running_var += rank
+        share_norm_statistics(norm)
+        return norm.running_mean, norm.running_var
+
+    for mean, var in in_two(work):
+        assert (mean.tolist(), var.tolist()) == ([1.0, 2.0], [1.5, 1.5])
+
+
+@pytest.mark.parametrize("kind", sorted(NORMALISERS))
+def test_normalisers_know_the_joint_batch(in_two, kind):
+    """Whose halves differ in their means, so that what is between them counts as well."""
+    torch.manual_seed(0)
+    batches = [torch.cat([torch.randn(2, 4, 3, 3), 5 + 2 * torch.randn(2, 4, 3, 3)]) for _ in range(3)]
+
+    def known(rank=None):
+        normaliser = NORMALISERS[kind](4)
+        for batch in batches:
+            normaliser.update(batch if rank is None else batch[2 * rank :][:2])
+        return normaliser(batches[0])
+
+    alone = known()
+    for found in in_two(known):
+        torch.testing.assert_close(found, alone, rtol=1e-4, atol=1e-4)
+
+
+def test_the_images_of_a_step_are_the_same_for_any_number_of_workers(project, in_two, monkeypatch):
+    """Those of two workers together, each once; on one machine as on two."""
+    monkeypatch.setenv("DETECTRON2_DATASETS", str(project.root / "data"))
+    plans = [make_plan(project.load(), world_size=count) for count in (1, 2)]
+
+    def steps(plan):
+        return [
+            {source: [record["file_name"] for record in records] for source, records in batches.items()}
+            for batches, _ in zip(build_loader(plan, "expand"), range(4), strict=False)
+        ]
+
+    alone = steps(plans[0])
+    for first, second, together in zip(*in_two(lambda rank: steps(plans[1])), alone, strict=True):
+        for source, files in together.items():
+            assert sorted(first[source] + second[source]) == sorted(files)
+            assert len(first[source]) == len(second[source])

@@ -17,6 +17,7 @@ import torch
 import torchvision
 import yaml
 from detectron2.config import CfgNode
+from detectron2.layers import FrozenBatchNorm2d
 from safetensors import safe_open
 from students import make_student, student_cfg
 from torch import Tensor, nn
@@ -24,8 +25,9 @@ from torch import Tensor, nn
 from xlearner_d2.checkpoint.export import export_student
 from xlearner_d2.exports import write
 from xlearner_d2.exports.convention import own_convention
-from xlearner_d2.exports.student import load_student
+from xlearner_d2.exports.student import load_student, norm_kind
 from xlearner_d2.exports.write import FORMATS, export
+from xlearner_d2.modeling.branches import build_branch
 from xlearner_d2.modeling.expanded import STAGES
 from xlearner_d2.specs import ConfigError
 
@@ -67,6 +69,30 @@ def test_every_format_gives_the_students_features(weights: Path, tmp_path: Path,
     assert done.difference <= 1e-5
     assert done.path.exists()
     assert done.card.is_file()
+    if to != "d2-pkl":
+        assert set(told_by(to, done.path)) >= {"channel_order", "mean", "std"}
+
+
+def told_by(to: str, path: Path) -> dict[str, Any]:
+    """The convention as the file itself has it, read by the library that it is for."""
+    extra = {"convention.json": ""}
+    if to == "d2":
+        pixels = torch.load(path, weights_only=True)["xlearner"]["input"]
+        return {"channel_order": pixels["format"], "mean": pixels["pixel_mean"], "std": pixels["pixel_std"]}
+    if to == "torchvision":
+        return torch.load(path, weights_only=True)["convention"]
+    if to == "timm":
+        return json.loads((path / "config.json").read_text())["convention"]
+    if to == "safetensors":
+        with safe_open(path, "pt") as file:
+            return json.loads(file.metadata()["convention"])
+    if to == "onnx":
+        return json.loads({item.key: item.value for item in onnx.load(path).metadata_props}["convention"])
+    if to == "torchscript":
+        torch.jit.load(str(path), _extra_files=extra)
+    else:
+        torch.export.load(str(path), extra_files=extra)
+    return json.loads(extra["convention.json"])
 
 
 def test_torchvision_takes_the_file_with_its_usual_transform(weights: Path, tmp_path: Path) -> None:
@@ -176,6 +202,23 @@ def test_what_a_library_cannot_express_is_refused(tmp_path: Path, resnets: dict[
         export(path, to="timm")
     assert sorted(item.name for item in tmp_path.iterdir()) == ["student_d2.pth"]
     assert export(path, to="onnx").difference <= 1e-5  # a graph can express anything
+
+
+def test_a_dilated_student_of_timm_is_no_network_of_timm(tmp_path: Path) -> None:
+    cfg = student_cfg(18, RES5_DILATION=2)
+    cfg.MODEL.BACKBONE.TIMM = "test_convnext"
+    path = write_student(tmp_path / "student_d2.pth", cfg)
+    with pytest.raises(ConfigError, match="RES5_DILATION is 2, but 1 is expected"):
+        export(path, to="timm")
+
+
+@pytest.mark.parametrize(("name", "kind"), [("test_convnext", "LayerNorm2d"), ("regnetz_005", "live BN")])
+def test_norm_layers_of_timm_by_their_kind(tmp_path: Path, name: str, kind: str) -> None:
+    cfg = student_cfg(18)
+    cfg.MODEL.BACKBONE.TIMM = name
+    network = build_branch(cfg, out_features=STAGES)
+    assert norm_kind(network) == kind
+    assert norm_kind(FrozenBatchNorm2d.convert_frozen_batchnorm(network)) == ("frozen BN" if "BN" in kind else kind)
 
 
 @pytest.mark.parametrize("name", ["test_convnext", "test_efficientnet", "test_resnet"])

@@ -254,3 +254,4 @@ def test_names_of_networks(tiny_cfg: CfgNode) -> None:
     tiny_cfg.merge_from_list([f"{RESNETS}.NUM_GROUPS", 32, f"{RESNETS}.WIDTH_PER_GROUP", 4])
     assert network_name(tiny_cfg) == "ResNeXt-50 32x4d"
     assert network_name(with_network(tiny_cfg, timm="", depth=18)) == "ResNet-18"
+    assert with_network(tiny_cfg, timm="", depth=18).MODEL.RESNETS.WIDTH_PER_GROUP == 64  # which basic blocks ignore

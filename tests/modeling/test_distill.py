@@ -139,7 +139,7 @@ def test_hints_are_the_same_from_weights_in_low_precision(
 ) -> None:
     distiller = make_distiller("MODEL.BACKBONE.TIMM", network, "XLEARNER.SQUEEZE.DEPTH", 18).eval()
     teacher = distiller.teacher.freeze()
-    teacher.autocast_dtype = torch.bfloat16
+    distiller.autocast_dtype = torch.bfloat16
     expected, before = distiller(make_batches()), state_of(teacher)
     teacher.keep_in(torch.bfloat16)
     assert equal(expected, distiller(make_batches()))
@@ -149,6 +149,19 @@ def test_hints_are_the_same_from_weights_in_low_precision(
 
 
 # Distiller
+
+
+@pytest.mark.parametrize("dtype", [None, torch.bfloat16])
+def test_precision_is_the_squeezes_own(
+    make_distiller: MakeDistiller, make_batches: MakeBatches, dtype: torch.dtype | None
+) -> None:
+    """Whatever that of the expansion is, whose branches may learn beside it."""
+    distiller = make_distiller(autocast_dtype=dtype).eval()
+    distiller.teacher.autocast_dtype = torch.bfloat16 if dtype is None else None
+    found: list[torch.dtype] = []
+    distiller.student.res5.register_forward_hook(lambda module, inputs, output: found.append(output.dtype))
+    distiller(make_batches())
+    assert set(found) == {dtype or torch.float32}
 
 
 @pytest.mark.parametrize("sharing", ["separate", "shared", "detached", "bidirectional"])

@@ -298,3 +298,10 @@ def test_images_are_normalised_and_padded_as_detectron2_does(
         padding_constraints=backbone.padding_constraints,
     )
     assert torch.equal(model.preprocess(source, [{"image": image} for image in images]), expected.tensor)
+
+
+def test_a_head_that_pads_by_a_number_of_its_own(make_model, make_batches):
+    """As Panoptic-DeepLab may: else the branch would run again, on images of another size."""
+    model = make_model()
+    model.heads["areas"].size_divisibility = 96
+    assert model.preprocess("areas", make_batches("areas")["areas"]).shape[2:] == (96, 96)

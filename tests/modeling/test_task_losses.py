@@ -155,3 +155,18 @@ def test_a_head_that_mixes_learns_through_the_student(
     distiller = make_distiller()
     losses = losses_of(distiller, make_batches("pics"))
     assert all(found.any() for found in gradient(losses["pics/loss_cls"], distiller).values())
+
+
+def test_a_head_that_mixes_runs_the_student_again_whatever_it_draws(
+    tiny_cfg: CfgNode, make_distiller: MakeDistiller, make_batches: MakeBatches
+) -> None:
+    """Workers draw mixtures of their own, and the student's norm layers may be synchronised."""
+    tiny_cfg.XLEARNER.SOURCES.pics.OPTS = ["MODEL.CLASSIFIER.MIXUP", 1.0]
+    distiller = make_distiller().train()
+    calls: list[int] = []
+    distiller.student.stem.register_forward_hook(lambda module, inputs, output: calls.append(len(output)))
+    for share in (0.3, 1.0):  # the second leaves the images as they are
+        calls.clear()
+        distiller.learner.heads["pics"].mixup._params_per_batch = lambda share=share: (share, False)
+        losses_of(distiller, make_batches("pics"))
+        assert len(calls) == 2

@@ -10,6 +10,8 @@ from detectron2.solver.lr_scheduler import LRMultiplier
 from fvcore.common.param_scheduler import ParamScheduler
 from torch import Tensor, nn
 
+from ..specs import ConfigError
+
 OPTIMIZERS = ("SGD", "AdamW")
 #: What ``SOLVER.CLIP_GRADIENTS`` may limit: each number, the norm of each parameter's gradient, that of all together.
 CLIP_TYPES = ("value", "norm", "full_model")
@@ -77,9 +79,18 @@ def _start_momentum(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) ->
 
 
 def _with_own_settings(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> dict[str, Any]:
-    """What a checkpoint has of each parameter, with the settings of now: decays may be changed before a run goes on."""
+    """What a checkpoint has of each parameter, with the settings of now: decays may be changed before a run goes on.
+
+    Raises:
+        ConfigError: where they are changed so that other parameters have the same.
+    """
     own = [{key: value for key, value in group.items() if key != "params"} for group in optimizer.param_groups]
     saved = state["param_groups"]
+    sizes, before = ([len(group["params"]) for group in groups] for groups in (optimizer.param_groups, saved))
+    if sizes != before:
+        wish = "a run goes on with other values of these, but not with equal ones for what differed, or the reverse"
+        text = f"SOLVER.WEIGHT_DECAY, WEIGHT_DECAY_NORM and WEIGHT_DECAY_BIAS make groups of {sizes} parameters, but "
+        raise ConfigError([f"{text}the checkpoint has {before}: {wish}."], what="The run")
     return {**state, "param_groups": [{**of, **(own[k] if k < len(own) else {})} for k, of in enumerate(saved)]}
 
 

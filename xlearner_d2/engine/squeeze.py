@@ -13,7 +13,7 @@ from detectron2.utils import comm
 from detectron2.utils.env import seed_all_rng
 from fvcore.nn.precise_bn import update_bn_stats
 from timm.utils import ModelEmaV3
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..checkpoint.export import export_student
 from ..checkpoint.files import write_atomically
@@ -24,7 +24,7 @@ from ..modeling import XLearner
 from ..modeling.distill import Distiller, matched_stages
 from ..modeling.expanded import TRUNK
 from ..modeling.weighting import weights_of
-from ..modeling.xlearner import autocast_dtype
+from ..modeling.xlearner import autocast, autocast_dtype
 from .branches import load_expanded, student_config
 from .evaluate import evaluate_sources
 from .failure import stop_at_failure
@@ -96,7 +96,7 @@ class SqueezeHook(HookBase):
         distiller = self.distiller
         if self.average is not None:
             distiller.student.load_state_dict(self.average.module.state_dict())
-        recalibrate(distiller.student, distiller.teacher, self.recalibration, self.recalibration_batches)
+        recalibrate(distiller, self.recalibration, self.recalibration_batches)
         share_norm_statistics(distiller.learner or distiller.student)
         self.finish()
         wait_for_all()
@@ -134,16 +134,17 @@ class HookTrainer(TrainerBase):
 
 
 @torch.no_grad()
-def recalibrate(student: nn.Module, teacher: XLearner, loader: Iterable[Any], count: int) -> None:
+def recalibrate(distiller: Distiller, loader: Iterable[Any], count: int) -> None:
     """Replace the running averages of the student's BN by its statistics over batches of the source mix.
 
     Args:
-        teacher: knows how the sources' images are prepared and grouped.
+        distiller: its teacher knows how the sources' images are prepared and grouped.
         loader: gives ``{source: records}``; the images of one size among them are one batch.
         count: number of such batches.
     """
     if not count:
         return
+    student, teacher = distiller.student, distiller.teacher
     training = student.training
     student.train()
 
@@ -151,7 +152,7 @@ def recalibrate(student: nn.Module, teacher: XLearner, loader: Iterable[Any], co
         for batches in loader:
             yield from (group.images for group in teacher.image_groups(batches, together=True))
 
-    with teacher.autocast():
+    with autocast(teacher.device, distiller.autocast_dtype):
         update_bn_stats(student, images(), count)
     student.train(training)
 
@@ -185,6 +186,7 @@ def build_squeeze_hook(
         task_weights=hint_factors(cfg, teacher.backbone.tasks, {s.task for s in plan.drawn[stage].sources}),
         own_images=squeeze.OWN_IMAGES,
         learner=learner,
+        autocast_dtype=autocast_dtype(cfg),
     )
     freeze_idle(distiller, plan, stage)
     weighed = weigh(plan, distiller, stage) if learner else distiller
@@ -200,15 +202,14 @@ def build_squeeze_hook(
             export_student(student, student_config(plan.cfg, plan.tasks), path, training=describe_training(plan))
             logger.info(f"The student is in {path}.")
 
-    dtype = autocast_dtype(cfg)
     if teacher.frozen:  # after all that starts as parts of the teacher
-        teacher.keep_in(dtype)
+        teacher.keep_in(distiller.autocast_dtype)
     trainer = build_step_trainer(cfg, weighed, batches, optimizer, scope=scope)
     trainer.on_non_finite = stop_at_failure(plan, "squeeze", {"expand": teacher, "squeeze": weighed})
     return SqueezeHook(
         trainer=trainer,
         scheduler=make_schedule(cfg, optimizer),
-        recalibration=build_loader(plan, "squeeze", seed_offset=1),
+        recalibration=build_loader(plan, stage, seed_offset=1),
         recalibration_batches=squeeze.BN_RECALIBRATION_BATCHES,
         finish=finish,
         average=ModelEmaV3(student, decay=squeeze.EMA_DECAY, use_warmup=True) if squeeze.EMA_DECAY else None,

@@ -1,11 +1,12 @@
 """Settings of the squeeze, checked before anything is trained."""
 
+from collections import Counter
 from collections.abc import Collection, Iterable, Sequence
 from pathlib import Path
 
 from detectron2.config import CfgNode
 
-from ..modeling.distill import DISTANCES
+from ..modeling.distill import DISTANCES, matched_stages
 from ..modeling.expanded import STAGES
 from ..modeling.normalisers import NORMALISERS
 from ..specs import TaskSpec, nearest, one_of
@@ -21,6 +22,18 @@ def _check_hints(squeeze: CfgNode) -> list[str]:
         found = len(squeeze[key])
         if found != count:
             problems.append(f"XLEARNER.SQUEEZE.{key} has {found} entries, but SQUEEZE.STAGES has {count}.")
+    problems += [
+        f"XLEARNER.SQUEEZE.STAGES names {stage} more than once, but a stage learns from one of the branches' stages."
+        for stage, often in Counter(squeeze.STAGES).items()
+        if often > 1
+    ]
+    weights = list(squeeze.STAGE_WEIGHTS)
+    if not all(isinstance(weight, int | float) and 0 <= weight < float("inf") for weight in weights):
+        wish = "finite numbers of at least 0 are expected"
+        problems.append(f"XLEARNER.SQUEEZE.STAGE_WEIGHTS is {weights}, but {wish}.")
+    elif not any(weights) and not squeeze.TASK_LOSSES:
+        text = f"XLEARNER.SQUEEZE.STAGE_WEIGHTS is {weights}, so the student learns nothing unless TASK_LOSSES is True."
+        problems.append(text)
     for stage, giver in zip(squeeze.STAGES, squeeze.TEACHER_STAGES, strict=False):
         if giver > stage and {giver, stage} <= {*STAGES}:
             wish = "the same stage or a shallower one is expected"
@@ -100,10 +113,21 @@ def check_task_weights(cfg: CfgNode, tasks: Sequence[TaskSpec], drawn: Collectio
         for name in squeeze.TASK_WEIGHTS
         if name not in known
     ]
-    if not squeeze.TASK_LOSSES and not any(hint_factors(cfg, known, drawn).values()):
+    factors = hint_factors(cfg, known, drawn)
+    if not squeeze.TASK_LOSSES and not any(factors.values()):
         which = "all tasks that have images to train on (OWN_IMAGES)" if squeeze.OWN_IMAGES else "all tasks"
         problems.append(
             f"XLEARNER.SQUEEZE.TASK_WEIGHTS are 0 for {which}, so the student learns nothing "
             "unless TASK_LOSSES is True."
         )
+    elif cfg.XLEARNER.STEPS == "alternating" and squeeze.OWN_IMAGES and not squeeze.TASK_LOSSES:
+        # A step has images of one source, from which the student learns by the hints of that task alone.
+        givers = matched_stages(squeeze.TEACHER_STAGES, squeeze.STAGE_WEIGHTS)
+        silent = [task.name for task in tasks if not (factors[task.name] and givers.keys() & {*task.out_features})]
+        problems += [
+            f"XLEARNER.SQUEEZE.OWN_IMAGES: nothing is learned from the steps of task {task!r}, whose branch gives no "
+            "hint. Set TASK_LOSSES, leave OWN_IMAGES out, or set XLEARNER.STEPS joint."
+            for task in silent
+            if task in drawn
+        ]
     return problems

@@ -135,6 +135,9 @@ def write_timm(student: Student, folder: Path) -> Convention:
     """A folder as on the Hugging Face hub: ``config.json`` and ``model.safetensors``."""
     convention = imagenet_convention(student)
     name = student.timm or architecture(student).timm
+    if (dilation := student.cfg.MODEL.RESNETS.RES5_DILATION) != 1:
+        wish = "1 is expected, as that is what timm makes of this name"
+        raise ConfigError([f"MODEL.RESNETS.RES5_DILATION is {dilation}, but {wish}."], what="The export to timm")
     model = timm.create_model(name, pretrained=False, num_classes=0)
     state = library_state(student, convention)
     if student.timm:  # what comes after the last stage stays as timm initialises it

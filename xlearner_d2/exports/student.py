@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from detectron2.config import CfgNode, get_cfg
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from ..checkpoint.load import load_resnet, read_checkpoint
 from ..modeling.branches import Branch, build_branch, network_name
@@ -92,7 +93,12 @@ def _config(description: Mapping[str, Any]) -> CfgNode:
 
 def norm_kind(network: nn.Module) -> str:
     """What normalises the features: "live BN" (statistics move in training), "frozen BN", or another layer's name."""
-    names = (type(module).__name__ for module in network.modules())
-    name = next((name for name in names if "Norm" in name), "none")
-    frozen, live = name.startswith("Frozen"), name.startswith("BatchNorm")
-    return "frozen BN" if frozen else "live BN" if live else name
+    for module in network.modules():
+        name = type(module).__name__
+        if name.startswith("Frozen"):
+            return "frozen BN"
+        if isinstance(module, _BatchNorm):
+            return "live BN"
+        if isinstance(module, nn.GroupNorm | nn.LayerNorm):
+            return name
+    return "none"

@@ -70,7 +70,7 @@ def with_network(cfg: CfgNode, *, timm: str, depth: int) -> CfgNode:
         resnets = cfg.MODEL.RESNETS
         cfg.MODEL.BACKBONE.TIMM = ""
         if depth < 50:  # Detectron2's basic blocks have no other widths
-            resnets.RES2_OUT_CHANNELS, resnets.NUM_GROUPS = 64, 1
+            resnets.RES2_OUT_CHANNELS, resnets.NUM_GROUPS, resnets.WIDTH_PER_GROUP = 64, 1, 64
         elif resnets.DEPTH < 50:
             resnets.RES2_OUT_CHANNELS = 256
         resnets.DEPTH = depth

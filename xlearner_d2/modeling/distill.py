@@ -16,7 +16,7 @@ from .branches import Branch
 from .expanded import STAGES
 from .normalisers import NORMALISERS, Normaliser
 from .small_maps import multiply_small_maps
-from .xlearner import ImageGroup, SourceBatches, XLearner
+from .xlearner import ImageGroup, SourceBatches, XLearner, autocast
 
 Features = Mapping[str, Tensor]
 
@@ -72,6 +72,7 @@ class Distiller(nn.Module):
         own_images: a branch gives hints for the images of its own task's sources alone, not for all.
         learner: a model whose one trunk is the student, with heads that learn from the sources' labels as well; None
             leaves labels out.
+        autocast_dtype: precision of the steps; None leaves it to whoever runs them.
     """
 
     def __init__(
@@ -88,6 +89,7 @@ class Distiller(nn.Module):
         task_weights: Mapping[str, float] | None = None,
         own_images: bool = False,
         learner: XLearner | None = None,
+        autocast_dtype: torch.dtype | None = None,
     ):
         super().__init__()
         self.student = student
@@ -97,6 +99,7 @@ class Distiller(nn.Module):
         factors = {task: hint_weight * (task_weights or {}).get(task, 1.0) for task in teacher.backbone.tasks}
         self.task_weights = {task: factor for task, factor in factors.items() if factor}
         self.own_images = own_images
+        self.autocast_dtype = autocast_dtype
         self.projector_layers = projector_layers
         self.stage_weights = dict(stage_weights)
         self.teacher_stages = {stage: (teacher_stages or {}).get(stage, stage) for stage in stage_weights}
@@ -138,7 +141,7 @@ class Distiller(nn.Module):
     def forward(self, batches: SourceBatches) -> dict[str, Tensor]:
         """``{"loss_hint_<task>": scalar}``, averaged over the step's images, and in training the task heads' losses."""
         batches = self.teacher.with_images_here(batches)
-        with self.teacher.autocast():
+        with autocast(self.teacher.device, self.autocast_dtype):
             hints: dict[str, list[Tensor]] = {task: [] for task in self.projectors}
             task_losses: dict[str, Tensor] = {}
             # Together, because the student's batch statistics should be those of the mix it will be used on.

@@ -1,5 +1,6 @@
 """Any Detectron2 config is a head: its model is built, and its ResNet is replaced by a view of the task's branch."""
 
+import functools
 import importlib.util
 import logging
 from collections.abc import Mapping, Sequence
@@ -21,7 +22,7 @@ from ..labels import PanopticLabels
 from ..settings import add_head_config
 from ..specs import ConfigError, SourceSpec, TaskSpec
 from .adapt import adapt
-from .branches import Branch, branch_config, follow_network, stand_on_branch
+from .branches import ARCHITECTURE_KEYS, Branch, branch_config, follow_network, stand_on_branch
 from .expanded import STAGES, BranchView, ExpandedBackbone
 from .timm_backbone import TimmBackbone
 
@@ -104,7 +105,9 @@ def head_config(source: SourceSpec, cfg: CfgNode, *, where: str = "") -> CfgNode
         _follow(head, branch_config(cfg, source.task), f"{where} ({source.config})")
         if source.data_sets:
             _set_classes(head, source, where)
+        followed = head.clone()
         head.merge_from_list(list(source.opts))
+        _check_followed(head, followed, where)
         _check_supported(head, f"{where} ({source.config})")
     except (KeyError, ValueError, AssertionError, yaml.YAMLError) as error:
         problems = error.problems if isinstance(error, ConfigError) else [_words(error, where, source)]
@@ -131,6 +134,19 @@ def _follow(head: CfgNode, cfg: CfgNode, where: str) -> None:
     head.MODEL.PIXEL_MEAN, head.MODEL.PIXEL_STD = cfg.MODEL.PIXEL_MEAN, cfg.MODEL.PIXEL_STD
     head.INPUT.FORMAT = cfg.INPUT.FORMAT
     head.MODEL.DEVICE = cfg.MODEL.DEVICE
+
+
+def _check_followed(head: CfgNode, followed: CfgNode, where: str) -> None:
+    """See that a source's own settings leave alone what holds for all sources, as they would be without effect."""
+    keys = ("INPUT.FORMAT", "MODEL.PIXEL_MEAN", "MODEL.PIXEL_STD", "MODEL.DEVICE", "MODEL.BACKBONE.TIMM")
+    problems = []
+    for key in (*keys, *(f"MODEL.RESNETS.{name}" for name in ARCHITECTURE_KEYS)):
+        own, common = (functools.reduce(getattr, key.split("."), cfg) for cfg in (head, followed))
+        if own != common:
+            wish = f"it holds for all sources and is {common!r}: set it in the config of the run, or leave it out"
+            problems.append(f"{where}.OPTS sets {key} to {own!r}, but {wish}.")
+    if problems:
+        raise ConfigError(problems)
 
 
 def _set_classes(head: CfgNode, source: SourceSpec, where: str) -> None:

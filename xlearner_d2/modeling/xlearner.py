@@ -214,9 +214,7 @@ class XLearner(nn.Module):
 
     def autocast(self) -> torch.autocast | nullcontext[None]:
         """The precision this model runs in, for callers that use its parts."""
-        if self.autocast_dtype is None:
-            return nullcontext()
-        return torch.autocast(self.device.type, self.autocast_dtype)
+        return autocast(self.device, self.autocast_dtype)
 
     def with_images_here(self, batches: SourceBatches) -> SourceBatches:
         """The batches with their images on this model's device.
@@ -263,7 +261,9 @@ class XLearner(nn.Module):
         losses: dict[str, Tensor] = {}
         for source, own in group.split(features).items():
             images = group.images[group.rows[source]]
-            with self.backbone.given(images, own, trusted=self._passes_images_on(source)):
+            # Workers that draw other mixtures have to agree on whether the branch runs again for them.
+            ready = self.backbone.given(images, own, trusted=self._passes_images_on(source))
+            with nullcontext() if self._mixes(source) else ready:
                 losses |= self._losses(source, batches[source])
         return losses
 
@@ -285,13 +285,21 @@ class XLearner(nn.Module):
         """Normalised images of one source, padded to one size as its head pads them: (N, 3, H, W) float32."""
         images = [x["image"].to(self.device, non_blocking=True) for x in inputs]
         normalised = normalise(images, self.pixel_mean, self.pixel_std)
-        backbone = getattr(self.heads[source], "backbone", None)
-        if isinstance(backbone, Backbone):
+        head = self.heads[source]
+        backbone, own = getattr(head, "backbone", None), getattr(head, "size_divisibility", 0)
+        if isinstance(own, int) and own > 0:  # as Panoptic-DeepLab may have
+            padded = ImageList.from_tensors(normalised, own)
+        elif isinstance(backbone, Backbone):
             constraints = backbone.padding_constraints
             padded = ImageList.from_tensors(normalised, backbone.size_divisibility, padding_constraints=constraints)
         else:  # of a meta-architecture that keeps it elsewhere
             padded = ImageList.from_tensors(normalised, size_divisibility=32)
         return padded.tensor.flatten(0, -4)
+
+
+def autocast(device: torch.device, dtype: torch.dtype | None) -> torch.autocast | nullcontext[None]:
+    """Mixed precision; None leaves it as it is."""
+    return nullcontext() if dtype is None else torch.autocast(device.type, dtype)
 
 
 def cpu_autocast_dtype(cfg: CfgNode) -> torch.dtype | None:
