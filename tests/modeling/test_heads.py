@@ -9,7 +9,7 @@ import torch
 from detectron2.config import CfgNode
 from detectron2.data import MetadataCatalog
 from detectron2.layers import ShapeSpec
-from detectron2.modeling import BACKBONE_REGISTRY, Backbone, build_model
+from detectron2.modeling import BACKBONE_REGISTRY, Backbone, build_model, build_resnet_backbone
 from detectron2.utils.events import EventStorage
 
 from xlearner_d2 import XLearner
@@ -166,10 +166,19 @@ def test_reconciled_stages_of_different_strides_are_explained(make: Make) -> Non
 
 
 def test_channels_must_agree(make: Make) -> None:
-    wanted = r"SOURCES\.one: .*FPN_1x\.yaml wants res2 with 32 channels at stride 4, but the branch of task 'it' has 16"
+    wanted = r"SOURCES\.one: .*DC5_1x\.yaml wants res2 with 32 channels at stride 4, but the branch of task 'it' has 16"
+    stages = ["res2", "res3", "res4", "res5"]
     with pytest.raises(ConfigError, match=wanted) as caught:
-        make(one=record(FPN, MODEL__RESNETS__RES2_OUT_CHANNELS=32))
+        make(one=record(DC5, MODEL__BACKBONE__NAME="build_wide_resnet", MODEL__RESNETS__OUT_FEATURES=stages))
     assert len(caught.value.problems) == 4  # one for each stage, all at once
+
+
+@BACKBONE_REGISTRY.register()
+def build_wide_resnet(cfg: CfgNode, input_shape: ShapeSpec) -> Backbone:
+    cfg = cfg.clone()
+    cfg.defrost()
+    cfg.MODEL.RESNETS.RES2_OUT_CHANNELS = 32
+    return build_resnet_backbone(cfg, input_shape)
 
 
 @BACKBONE_REGISTRY.register()
