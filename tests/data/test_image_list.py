@@ -118,8 +118,20 @@ def test_paths_start_at_the_list_or_at_images(tmp_path: Path) -> None:
     (record,) = read(changed(SPEC, images="pictures"), tmp_path)
     assert record["file_name"] == f"{tmp_path}/pictures/a.jpg"
     (tmp_path / "birds/list.csv").write_text(f"/a.jpg,heron\n{tmp_path}/pictures/b.jpg,heron\n")
+    save_image(tmp_path / "pictures/b.jpg")
     records = read(changed(SPEC, images="pictures"), tmp_path)  # with a slash, as in the list of Places365
     assert [record["file_name"] for record in records] == [f"{tmp_path}/pictures/{name}.jpg" for name in "ab"]
+
+
+def test_absolute_paths_lead_anywhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    save_image(tmp_path / "data/pictures/a.jpg")
+    save_image(tmp_path / "elsewhere/b.jpg")
+    (tmp_path / "data/birds").mkdir()
+    names = [f"{tmp_path}/data/pictures/a.jpg", f"{tmp_path}/elsewhere/b.jpg"]
+    (tmp_path / "data/birds/list.csv").write_text("".join(f"{name},heron\n" for name in names))
+    monkeypatch.chdir(tmp_path)
+    records = read(changed(SPEC, images="pictures"), Path("data"))
+    assert [record["file_name"] for record in records] == names
 
 
 @pytest.mark.parametrize(

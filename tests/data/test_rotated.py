@@ -78,6 +78,11 @@ def test_rotated_boxes_are_cropped_with_their_image(
     assert found.gt_classes.tolist() == [0], "the centre of the other is outside"
 
 
+def test_without_a_crop_a_centre_may_be_outside(head: CfgNode, record: dict[str, Any]) -> None:
+    record["annotations"] = [{**record["annotations"][0], "bbox": [-2.0, *BOX[1:]]}]
+    assert len(build_mapper(head, is_train=True)(record)["instances"]) == 1
+
+
 def test_upright_boxes_of_whole_numbers_keep_their_centre(head: CfgNode, record: dict[str, Any]) -> None:
     record["annotations"] = [{"bbox": [10, 10, 5, 5], "bbox_mode": BoxMode.XYWH_ABS, "category_id": 0}]
     found = build_mapper(head, is_train=True)(record)["instances"].gt_boxes.tensor

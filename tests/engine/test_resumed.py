@@ -62,7 +62,6 @@ def test_what_checkpoints_are_made_of_stays(project: Project, dry: bool) -> None
         ("XLEARNER.FREEZE", ["classification"]),
         ("XLEARNER.WEIGHTING.METHOD", "dwa"),
         ("SOLVER.OPTIMIZER", "SGD"),
-        ("XLEARNER.SQUEEZE.SOLVER.OPTIMIZER", "SGD"),
     ],
 )
 def test_every_setting_that_stays(project: Project, tmp_path: Path, name: str, value: Any) -> None:
@@ -70,6 +69,16 @@ def test_every_setting_that_stays(project: Project, tmp_path: Path, name: str, v
     assert check_unchanged(project.load("OUTPUT_DIR", tmp_path, "SOLVER.BASE_LR", 0.5)) == []
     (problem,) = check_unchanged(project.load("OUTPUT_DIR", tmp_path, name, value))
     assert problem.startswith(f"{name} is {value!r}, but the run in {tmp_path} has ")
+
+
+def test_the_optimiser_of_a_squeeze_that_has_begun_stays(project: Project) -> None:
+    other = plan_of(project, "XLEARNER.STAGE", "all", "XLEARNER.SQUEEZE.SOLVER.OPTIMIZER", "SGD")
+    check_output(other, resume=True)  # not begun
+    (project.root / "out/squeeze").mkdir()
+    with pytest.raises(ConfigError, match=r"SOLVER\.OPTIMIZER is 'SGD', but the run in .*out has 'AdamW'\. Set it so"):
+        check_output(other, resume=True)
+    check_output(plan_of(project, "XLEARNER.STAGE", "all", "XLEARNER.SQUEEZE.SOLVER.OPTIMIZER", "AdamW"), resume=True)
+    (project.root / "out/squeeze").rmdir()
 
 
 def test_a_student_of_another_teacher_is_not_taken_for_done(project: Project, tmp_path: Path) -> None:

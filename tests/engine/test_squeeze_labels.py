@@ -16,6 +16,7 @@ from xlearner_d2.engine.squeeze import SqueezeHook, build_squeeze_hook, load_tea
 from xlearner_d2.engine.student import build_learner
 from xlearner_d2.engine.trainer import build_loader
 from xlearner_d2.modeling.expanded import TRUNK
+from xlearner_d2.specs import ConfigError
 
 LABELS = ("XLEARNER.SQUEEZE.TASK_LOSSES", True)
 HINTS = ("XLEARNER.SQUEEZE.TASK_LOSSES", False)
@@ -288,3 +289,13 @@ def test_settings_that_make_no_sense_together_are_refused(
 ) -> None:
     with pytest.raises(ValueError, match=message):
         plan_of(finished, *opts)
+
+
+def test_a_branch_gives_hints_from_stages_that_its_heads_do_not_read(finished: Project) -> None:
+    """The classifier reads res5 alone, and its res4 gives hints by default."""
+    own = ("XLEARNER.SQUEEZE.OWN_IMAGES", True, "XLEARNER.STEPS", "alternating")
+    plan_of(finished, *HINTS, *own)
+    deep = ("XLEARNER.SQUEEZE.TEACHER_STAGES", ["res5", "res5"], "XLEARNER.SQUEEZE.STAGE_WEIGHTS", [0.0, 1.0])
+    shallow = ["MODEL.RESNETS.OUT_FEATURES", ["res4"], "MODEL.CLASSIFIER.IN_FEATURE", "res4"]
+    with pytest.raises(ConfigError, match="steps of task 'classification', whose branch gives no hint"):
+        plan_of(finished, *HINTS, *own, *deep, "XLEARNER.SOURCES.pics.OPTS", shallow)

@@ -212,11 +212,22 @@ def test_segments_known_by_their_numbers_alone_are_those_that_are_listed(record)
 
 
 def test_true_and_predicted_depth_have_one_scale(record, tmp_path):
-    np.save(tmp_path / "depth.npy", np.full((HEIGHT, WIDTH), 2.0, dtype=np.float32))
+    """Also where the nearest pixel is lost as the picture is drawn smaller than its file."""
+    depth = np.full((HEIGHT, WIDTH), 2.0, dtype=np.float32)
+    depth[:, WIDTH // 2 :] = 4.0
+    depth[1, 1] = 0.1
+    np.save(tmp_path / "depth.npy", depth)
     record |= {"depth_file_name": str(tmp_path / "depth.npy"), "depth_scale": 1.0}
-    right, far = (_colours_of({"depth": torch.full((HEIGHT, WIDTH), value)}, record)[0] for value in (2.0, 20.0))
-    assert right != far
-    truth = Visualizer(np.zeros((HEIGHT, WIDTH, 3)), pictures.with_colours(Metadata(**METADATA)))
-    transform = pictures.resize_to(np.zeros((HEIGHT, WIDTH, 3)), WIDTH)
-    pictures._draw_truth(truth, record, {"depth": None}, transform)
-    assert tuple(int(c) for c in truth.output.get_image()[HEIGHT // 4, WIDTH // 8]) == right
+    for size in (12, 480):
+        sheets = []
+        for scale in (1.0, 8.0):
+            output = {"depth": scale * torch.from_numpy(depth)}
+            options = {"output_file": tmp_path / "grid.png", "cell_size": size}
+            draw_predictions([record], [output], Metadata(**METADATA), **options)
+            sheets.append(np.asarray(Image.open(tmp_path / "grid.png"))[pictures._HEADER :])
+        (left, right), (_, far) = (
+            [sheet[: size * 2 // 3, x:][:, :size] for x in (pictures._MARGIN, 2 * pictures._MARGIN + size)]
+            for sheet in sheets
+        )
+        assert (left == right).all()
+        assert not (left == far).all()

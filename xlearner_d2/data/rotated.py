@@ -42,11 +42,12 @@ class RotatedMapper(DatasetMapper):
 
     def _transform_annotations(self, dataset_dict: Record, transforms: Any, image_shape: tuple[int, int]) -> None:
         items = [item for item in dataset_dict.pop("annotations") if not item.get("iscrowd", 0)]
+        cropped = any(isinstance(transform, CropTransform) for transform in transforms.transforms)
         found = []
         for item in items:
             box = _as_rotated(item["bbox"], item["bbox_mode"])
             box = transforms.apply_rotated_box(np.array([box], dtype=np.float64))[0]
-            if not (0 <= box[0] <= image_shape[1] and 0 <= box[1] <= image_shape[0]):
+            if cropped and not (0 <= box[0] <= image_shape[1] and 0 <= box[1] <= image_shape[0]):
                 continue
             found.append({"bbox": box.tolist(), "category_id": item["category_id"]})
         instances = utils.annotations_to_instances_rotated(found, image_shape)

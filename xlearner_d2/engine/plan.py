@@ -22,7 +22,7 @@ from .class_names import check_class_names, stored_class_names
 from .drawn import Drawn, balance, check_weighting
 from .growth import Growth, check_growth, read_growth, with_stored_classes
 from .plan_checks import check_head, check_settings, check_tests, check_training
-from .resumed import changed_settings, check_unchanged
+from .resumed import changed_settings, check_squeeze_unchanged, check_unchanged
 from .scaling import check_norm, scale_to_workers
 from .squeeze_settings import check_task_weights, hint_factors, squeeze_batches
 
@@ -100,6 +100,8 @@ def check_output(plan: Plan, *, resume: bool) -> None:
     if resume and "squeeze" in plan.stages and plan.stage_dir("squeeze").is_dir():
         problems += _other_teacher(plan.cfg)
     squeeze = plan.cfg.XLEARNER.SQUEEZE
+    if resume and plan.stage_dir(squeeze_batches(plan.cfg)).is_dir():
+        problems += check_squeeze_unchanged(plan.cfg)
     given = "squeeze" in plan.stages and squeeze.TEACHER
     trained = resume and expanded_file(plan.cfg).is_file()
     if plan.stages == ("squeeze",) or given or trained:

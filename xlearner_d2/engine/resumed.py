@@ -20,7 +20,6 @@ _FIXED = (
     "XLEARNER.FREEZE",
     "XLEARNER.WEIGHTING.METHOD",
     "SOLVER.OPTIMIZER",
-    "XLEARNER.SQUEEZE.SOLVER.OPTIMIZER",
 )
 
 
@@ -42,11 +41,19 @@ def changed_settings(cfg: CfgNode) -> dict[str, tuple[Any, Any]]:
 
 def check_unchanged(cfg: CfgNode) -> list[str]:
     """Problems of settings that cannot be changed while a run lasts."""
-    return [
-        f"{name} is {now!r}, but the run in {cfg.OUTPUT_DIR} has {before!r}. Set it so, or another OUTPUT_DIR."
-        for name, (before, now) in changed_settings(cfg).items()
-        if name.startswith(_FIXED)
-    ]
+    changes = changed_settings(cfg)
+    return [_stays(cfg, name, *change) for name, change in changes.items() if name.startswith(_FIXED)]
+
+
+def check_squeeze_unchanged(cfg: CfgNode) -> list[str]:
+    """The same for a squeeze that has begun."""
+    name = "XLEARNER.SQUEEZE.SOLVER.OPTIMIZER"
+    before, now = (of or cfg.SOLVER.OPTIMIZER for of in changed_settings(cfg).get(name, ("", "")))
+    return [] if before == now else [_stays(cfg, name, before, now)]
+
+
+def _stays(cfg: CfgNode, name: str, before: Any, now: Any) -> str:
+    return f"{name} is {now!r}, but the run in {cfg.OUTPUT_DIR} has {before!r}. Set it so, or another OUTPUT_DIR."
 
 
 def describe_changes(cfg: CfgNode) -> str:

@@ -120,10 +120,12 @@ def check_task_weights(cfg: CfgNode, tasks: Sequence[TaskSpec], drawn: Collectio
             f"XLEARNER.SQUEEZE.TASK_WEIGHTS are 0 for {which}, so the student learns nothing "
             "unless TASK_LOSSES is True."
         )
-    elif cfg.XLEARNER.STEPS == "alternating" and squeeze.OWN_IMAGES and not squeeze.TASK_LOSSES:
+    elif squeeze.OWN_IMAGES and not squeeze.TASK_LOSSES and cfg.XLEARNER.STEPS == "alternating":
         # A step has images of one source, from which the student learns by the hints of that task alone.
-        givers = matched_stages(squeeze.TEACHER_STAGES, squeeze.STAGE_WEIGHTS)
-        silent = [task.name for task in tasks if not (factors[task.name] and givers.keys() & {*task.out_features})]
+        first = min(matched_stages(squeeze.TEACHER_STAGES, squeeze.STAGE_WEIGHTS))
+        reads = {task.name: max(task.out_features) for task in tasks}  # a branch has all stages up to this one
+        deepest = dict.fromkeys(reads, max(reads.values())) if cfg.XLEARNER.SHARING == "shared" else reads
+        silent = [task for task, stage in deepest.items() if not factors[task] or stage < first]
         problems += [
             f"XLEARNER.SQUEEZE.OWN_IMAGES: nothing is learned from the steps of task {task!r}, whose branch gives no "
             "hint. Set TASK_LOSSES, leave OWN_IMAGES out, or set XLEARNER.STEPS joint."

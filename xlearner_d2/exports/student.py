@@ -99,6 +99,6 @@ def norm_kind(network: nn.Module) -> str:
             return "frozen BN"
         if isinstance(module, _BatchNorm):
             return "live BN"
-        if isinstance(module, nn.GroupNorm | nn.LayerNorm):
+        if "Norm" in name and not [*module.children()]:  # of a convolution with its norm, this comes later
             return name
     return "none"

@@ -99,6 +99,11 @@ def follow_network(head: CfgNode, cfg: CfgNode) -> None:
     head.MODEL.BACKBONE.TIMM = cfg.MODEL.BACKBONE.TIMM
 
 
+def has_res5_in_head(head: CfgNode) -> bool:
+    """Whether a head has a res5 of its own, which it builds as its config says, over res4 of the branch."""
+    return head.MODEL.ROI_HEADS.NAME in ("Res5ROIHeads", "PointRendROIHeadsC4") and _is_two_stage(head)
+
+
 def stand_on_branch(head: CfgNode, where: str) -> list[str]:
     """Name a backbone that is built as the head's own, but around the network of its branch; problems if none is."""
     if head.MODEL.BACKBONE.NAME in RESNET_VARIANTS:
@@ -113,7 +118,7 @@ def stand_on_branch(head: CfgNode, where: str) -> list[str]:
             f"{where} has MODEL.BACKBONE.NAME {name!r}, but on {network} of timm one of {known} is expected; {hint}."
         ]
     head.MODEL.BACKBONE.NAME = TIMM_BUILDERS[name]
-    if head.MODEL.ROI_HEADS.NAME in ("Res5ROIHeads", "PointRendROIHeadsC4") and _is_two_stage(head):
+    if has_res5_in_head(head):
         return [f"{where} has res5 of a ResNet in its head (MODEL.ROI_HEADS.NAME), which {network} has not; {hint}."]
     return []
 

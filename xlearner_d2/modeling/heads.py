@@ -22,7 +22,7 @@ from ..labels import PanopticLabels
 from ..settings import add_head_config
 from ..specs import ConfigError, SourceSpec, TaskSpec
 from .adapt import adapt
-from .branches import ARCHITECTURE_KEYS, Branch, branch_config, follow_network, stand_on_branch
+from .branches import ARCHITECTURE_KEYS, Branch, branch_config, follow_network, has_res5_in_head, stand_on_branch
 from .expanded import STAGES, BranchView, ExpandedBackbone
 from .timm_backbone import TimmBackbone
 
@@ -91,7 +91,7 @@ def head_config(source: SourceSpec, cfg: CfgNode, *, where: str = "") -> CfgNode
     Raises:
         ConfigError: when the config cannot be found or read, or the data set lacks what the head needs.
     """
-    where = where or f"XLEARNER.SOURCES.{source.name}"
+    is_source, where = not where, where or f"XLEARNER.SOURCES.{source.name}"
     try:
         path = find_config(source.config)
         check_config_file(path)
@@ -107,7 +107,8 @@ def head_config(source: SourceSpec, cfg: CfgNode, *, where: str = "") -> CfgNode
             _set_classes(head, source, where)
         followed = head.clone()
         head.merge_from_list(list(source.opts))
-        _check_followed(head, followed, where)
+        if is_source:  # elsewhere, the head keeps the ResNet that it has
+            _check_followed(head, followed, where)
         _check_supported(head, f"{where} ({source.config})")
     except (KeyError, ValueError, AssertionError, yaml.YAMLError) as error:
         problems = error.problems if isinstance(error, ConfigError) else [_words(error, where, source)]
@@ -138,9 +139,11 @@ def _follow(head: CfgNode, cfg: CfgNode, where: str) -> None:
 
 def _check_followed(head: CfgNode, followed: CfgNode, where: str) -> None:
     """See that a source's own settings leave alone what holds for all sources, as they would be without effect."""
-    keys = ("INPUT.FORMAT", "MODEL.PIXEL_MEAN", "MODEL.PIXEL_STD", "MODEL.DEVICE", "MODEL.BACKBONE.TIMM")
+    of_head = ("NORM", "NUM_GROUPS", "WIDTH_PER_GROUP", "STRIDE_IN_1X1") if has_res5_in_head(head) else ()
+    keys = [f"MODEL.RESNETS.{name}" for name in ARCHITECTURE_KEYS if name not in of_head]
+    keys += ["INPUT.FORMAT", "MODEL.PIXEL_MEAN", "MODEL.PIXEL_STD", "MODEL.DEVICE", "MODEL.BACKBONE.TIMM"]
     problems = []
-    for key in (*keys, *(f"MODEL.RESNETS.{name}" for name in ARCHITECTURE_KEYS)):
+    for key in keys:
         own, common = (functools.reduce(getattr, key.split("."), cfg) for cfg in (head, followed))
         if own != common:
             wish = f"it holds for all sources and is {common!r}: set it in the config of the run, or leave it out"
@@ -280,7 +283,7 @@ def _check_shapes(own: Backbone, view: Backbone, source: SourceSpec) -> None:
             problems.append(
                 f"XLEARNER.SOURCES.{source.name}: {source.config} wants {name} with {shape.channels} channels at "
                 f"stride {shape.stride}, but the branch of task {source.task!r} has {offered.channels} channels at "
-                f"stride {offered.stride}. Change MODEL.RESNETS, here or in the OPTS of the source."
+                f"stride {offered.stride}. Change MODEL.RESNETS of the run, or RES5_DILATION in the OPTS of the source."
             )
     if problems:
         raise ConfigError(problems)

@@ -2,6 +2,7 @@
 
     MODEL.BACKBONE.NAME build_xlearner_fpn_backbone
     XLEARNER.PLUG_IN.WEIGHTS output/openmoji/expanded.pth  XLEARNER.PLUG_IN.TASK detection
+    MODEL.WEIGHTS ""
 
 The config needs the keys of :func:`xlearner_d2.add_xlearner_config`; everything else of it stays as it is.
 """

@@ -117,7 +117,9 @@ def draw_predictions(
         image = transform.apply_image(image)
         left, right = Visualizer(image, metadata), Visualizer(image, metadata)
         _draw_truth(left, record, output, transform)
-        _draw_output(right, record, output, score_threshold=score_threshold, max_fallback=max_fallback)
+        nearest = _nearest(record, transform) if "depth" in output and "depth_file_name" in record else None
+        options = {"score_threshold": score_threshold, "max_fallback": max_fallback, "nearest": nearest}
+        _draw_output(right, record, output, **options)
         cells += [left.output.get_image(), right.output.get_image()]
     Path(output_file).parent.mkdir(parents=True, exist_ok=True)
     _compose(cells, pairs_per_row=1 if len(records) == 1 else 2).save(output_file)
@@ -160,7 +162,7 @@ def _draw_truth(visualizer: Visualizer, record: Record, output: Mapping[str, Any
         _draw_panoptic(visualizer, transform.apply_segmentation(segments.astype(np.float32)), record["segments_info"])
         return
     if "depth" in output and "depth_file_name" in record:
-        draw_depth(visualizer, transform.apply_segmentation(_true_depth(record)))
+        draw_depth(visualizer, _true_depth(record, transform))
     if "label_scores" in output:
         names = visualizer.metadata.get("classes", ()) or visualizer.metadata.get("thing_classes", ())
         draw_caption(visualizer, [(_name(names, label), _WHITE) for label in image_labels(record)[:_MOST_LABELS]])
@@ -191,7 +193,13 @@ def _draw_truth(visualizer: Visualizer, record: Record, output: Mapping[str, Any
 
 
 def _draw_output(
-    visualizer: Visualizer, record: Record, output: Mapping[str, Any], *, score_threshold: float, max_fallback: int
+    visualizer: Visualizer,
+    record: Record,
+    output: Mapping[str, Any],
+    *,
+    score_threshold: float,
+    max_fallback: int,
+    nearest: float | None = None,
 ) -> None:
     height, width = visualizer.img.shape[:2]
     segments, infos = output.get("panoptic_seg", (None, None))
@@ -200,8 +208,6 @@ def _draw_output(
         _draw_panoptic(visualizer, _enlarge(segments, height, width), infos)
         return
     if "depth" in output:
-        truth = _true_depth(record) if "depth_file_name" in record else np.zeros(0)
-        nearest = float(truth[truth > 0].min()) if (truth > 0).any() else None
         draw_depth(visualizer, _enlarge(output["depth"], height, width), nearest=nearest)
     if "label_scores" in output:
         names = visualizer.metadata.get("classes", ()) or visualizer.metadata.get("thing_classes", ())
@@ -238,8 +244,15 @@ def _draw_panoptic(visualizer: Visualizer, segments: np.ndarray, infos: Sequence
     visualizer.draw_panoptic_seg(torch.as_tensor(segments.astype(np.int64)), shown, area_threshold=0, alpha=0.55)
 
 
-def _true_depth(record: Record) -> np.ndarray:
-    return read_depth(record["depth_file_name"], scale=record["depth_scale"])
+def _true_depth(record: Record, transform: ResizeTransform) -> np.ndarray:
+    depth: np.ndarray = transform.apply_segmentation(read_depth(record["depth_file_name"], scale=record["depth_scale"]))
+    return depth
+
+
+def _nearest(record: Record, transform: ResizeTransform) -> float | None:
+    """The smallest depth that is known of the picture as it is drawn."""
+    depth = _true_depth(record, transform)
+    return float(depth[depth > 0].min()) if (depth > 0).any() else None
 
 
 def draw_depth(visualizer: Visualizer, depth: np.ndarray, *, nearest: float | None = None) -> None:

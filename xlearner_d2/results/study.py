@@ -168,12 +168,12 @@ class Check:
     Attributes:
         trivial: value of a predictor that learns nothing from the images; None where none is known.
         random: best mean of the random backbones.
-        best: best mean of the trained ones.
+        best: best mean of the trained ones; here and below, of those that have every seed, if there are two.
         spread: best minus worst mean of the trained ones; None below two of them.
         noise: standard deviation over seeds, pooled over the trained ones.
         flat: the spread is less than the noise.
         chance: probability that trained backbones that are alike would differ as much as these do (one-way analysis of
-            variance); None below two of them or two seeds, and without noise.
+            variance); None below two of them or two seeds. Without noise, any difference is beyond it.
     """
 
     set_name: str

@@ -60,7 +60,8 @@ def _records(folder: Path, rows: Sequence[Row], indices: Sequence[tuple[int, ...
     for row, found in zip(rows, indices, strict=True):
         label = {"category_ids": sorted(set(found))} if spec.multi_label else {"category_id": found[0]}
         # In some lists, such as that of Places365, paths below IMAGES begin with a slash.
-        path = row.path.lstrip("/") if spec.images and not Path(row.path).is_relative_to(folder) else row.path
+        below = spec.images and row.path.startswith("/") and not Path(row.path).is_file()
+        path = row.path.lstrip("/") if below else row.path
         records.append({"file_name": str(folder / path), "image_id": row.path, **label})
     return records
 
