@@ -2,7 +2,6 @@
 
 import os
 import platform
-import subprocess
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from time import perf_counter, process_time
@@ -11,6 +10,8 @@ from typing import Any
 import numpy as np
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
+
+from xlearner_d2.engine.provenance import git
 
 Run = Callable[[], Any]
 
@@ -98,10 +99,8 @@ def machine() -> dict[str, str]:
     """What the numbers hold for."""
     names = [line.split(":")[1].strip() for line in _lines("/proc/cpuinfo") if line.startswith("model name")]
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else "none"
-    command = ["git", "describe", "--always", "--dirty"]
-    commit = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True).stdout.strip()
     return {
-        "commit": commit,
+        "commit": git("describe", "--always", "--dirty"),
         "processor": f"{len(names) or os.cpu_count()} x {names[0] if names else platform.processor()}",
         "gpu": gpu,
         "threads": str(torch.get_num_threads()),

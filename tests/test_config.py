@@ -106,6 +106,12 @@ def test_plain_settings_are_merged_as_in_detectron2(write: Write) -> None:
     assert (cfg.SOLVER.BASE_LR, cfg.XLEARNER.SHARING, cfg.XLEARNER.SQUEEZE.STAGES) == (0.5, "shared", ["res5"])
 
 
+def test_an_empty_text_is_one(write: Write) -> None:
+    opts = ["XLEARNER.SOURCES.one.SAMPLER", "", "XLEARNER.BRANCHES.it.WEIGHTS", "", "OUTPUT_DIR", ""]
+    cfg = load_config(write(TWO), opts)
+    assert (cfg.XLEARNER.SOURCES.one.SAMPLER, cfg.XLEARNER.BRANCHES.it.WEIGHTS, cfg.OUTPUT_DIR) == ("", "", "")
+
+
 def test_setting_of_the_squeezes_solver(write: Write) -> None:
     """Whether or not the file has it already."""
     opts = ["XLEARNER.SQUEEZE.SOLVER.MAX_ITER", "7", "XLEARNER.SQUEEZE.SOLVER.BASE_LR", "0.5"]
@@ -200,6 +206,15 @@ def test_a_python_file_is_no_base(tmp_path: Path) -> None:
         ("SEDE: 1", r"(?s)config\.yaml.*There is no setting SEDE \(below the top\)\. Did you mean 'SEED'\?"),
         ("XLEARNER: {SHARNG: x}", r"(?s)config\.yaml.*There is no setting XLEARNER\.SHARNG .*Did you mean 'SHARING'\?"),
         ("SEED: many", r"config\.yaml: Type mismatch"),
+        (
+            "XLEARNER: {DATASETS: {2017: {}}}",
+            r"XLEARNER\.DATASETS\.2017 in line 1 is read as a value of the kind int, but",
+        ),
+        ("XLEARNER: {SOURCES: {on: {}}}", r"SOURCES\.on in line 1 is read as a value of the kind bool, but a name is"),
+        (
+            "XLEARNER: {IMPORTS: }\nOUTPUT_DIR:",
+            r"1\. OUTPUT_DIR is empty \(null\), but.*'\./output'\.\n  2\. XLEARNER\.IMPORTS",
+        ),
         ("? [1, 2]\n: 3", r"The file has a key in line 1 that is no name"),
         ("XLEARNER: &x {SOURCES: *x}", r"XLEARNER\.SOURCES contains itself"),
         ("_BASE_: {a: b}", r"_BASE_ should be a file or a list of files"),

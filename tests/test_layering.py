@@ -124,6 +124,7 @@ ALLOWED: dict[str, set[str]] = {
         "specs",
         "config",
         "settings",
+        "extensions",
         "data",
         "modeling",
         "checkpoint",

@@ -9,6 +9,7 @@ of upstream with its compiled operators, is kept.
 
 import argparse
 import hashlib
+import os
 import shutil
 import subprocess
 import sys
@@ -47,8 +48,8 @@ def run(*command: str | Path, what: str) -> None:
 
 
 def fingerprint() -> str:
-    """Hash of everything that decides what gets installed."""
-    digest = hashlib.sha256(sys.version.encode())
+    """Hash of everything that decides what gets installed; the project is installed as a link to its folder."""
+    digest = hashlib.sha256(sys.version.encode() + os.fsencode(ROOT))
     for name in INPUTS:
         digest.update((ROOT / name).read_bytes())
     return digest.hexdigest()

@@ -1,6 +1,6 @@
 """How a config file and the command line become a Detectron2 config with this project's keys, checked on the way."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +11,9 @@ from omegaconf import OmegaConf
 
 from .settings import add_xlearner_config
 from .specs import ConfigError, nearest
+
+#: What YAML reads keys as: a text, or the sign for those of another mapping.
+_NAME, _MERGE = "tag:yaml.org,2002:str", "tag:yaml.org,2002:merge"
 
 
 def _node_problems(node: yaml.Node, *, trusted: bool, path: str = "", above: tuple[yaml.Node, ...] = ()) -> list[str]:
@@ -32,6 +35,10 @@ def _node_problems(node: yaml.Node, *, trusted: bool, path: str = "", above: tup
         if not isinstance(key, yaml.ScalarNode):
             found.append(f"{name} has a key in line {line} that is no name.")
             continue
+        if key.tag not in (_NAME, _MERGE):
+            kind = key.tag.rpartition(":")[2]
+            text = f"in line {line} is read as a value of the kind {kind}, but a name is expected: put it in quotes"
+            found.append(f"{path}{key.value} {text}.")
         if key.value in seen:
             found.append(f"{path}{key.value} is given twice (the second time in line {line}).")
         seen.add(key.value)
@@ -80,6 +87,8 @@ def check_config_file(path: str | Path, *, derived: tuple[Path, ...] = ()) -> No
 
 def _decode(key: str, text: Any) -> Any:
     """A value of the command line, read as in a file: YAML, and numbers such as 1e-3, which only yacs takes for one."""
+    if text == "":
+        return text
     try:
         return CfgNode._decode_cfg_value(yaml.safe_load(text) if isinstance(text, str) else text)
     except yaml.YAMLError as error:
@@ -204,4 +213,16 @@ def load_config(config_file: str | Path, opts: Sequence[str] = ()) -> CfgNode:
         cfg.merge_from_list(opts)
     except (KeyError, ValueError, AssertionError) as error:
         raise ConfigError([f"The command line: {error}"]) from error
+    if empty := list(_empty(cfg, default_config())):
+        raise ConfigError([f"{name} is empty (null), but its default is {value!r}." for name, value in empty])
     return cfg
+
+
+def _empty(cfg: CfgNode, default: CfgNode, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Settings without a value, which yacs takes for any kind, and their defaults; records may be dropped so."""
+    for key, usual in default.items():
+        value = cfg.get(key)
+        if value is None and usual is not None:
+            yield prefix + key, {} if isinstance(usual, CfgNode) else usual
+        elif isinstance(value, CfgNode) and isinstance(usual, CfgNode):
+            yield from _empty(value, usual, f"{prefix}{key}.")

@@ -286,9 +286,15 @@ def _check_source(spec: SourceSpec, where: str, world_size: int, *, frozen: bool
         problems.append(f"{where}.LOSS_WEIGHT is {spec.loss_weight}, but a finite number of at least 0 is expected.")
     if spec.sampler and spec.sampler not in SAMPLERS:
         problems.append(f"{where}.SAMPLER is {spec.sampler!r}.{nearest(spec.sampler, SAMPLERS)}")
-    if len(spec.opts) % 2:
-        problems.append(f"{where}.OPTS has {len(spec.opts)} entries, but pairs of key and value are expected.")
-    return problems
+    return [*problems, *pair_problems(f"{where}.OPTS", spec.opts)]
+
+
+def pair_problems(where: str, opts: Sequence[Any]) -> list[str]:
+    """Whether a list has names of settings and their values in turn."""
+    if len(opts) % 2:
+        return [f"{where} has {len(opts)} entries, but pairs of key and value are expected."]
+    wish = "but the name of a setting is expected, then its value, and so on in one list"
+    return [f"{where} has {key!r}, {wish}." for key in opts[::2] if not isinstance(key, str)]
 
 
 def parse_sources(

@@ -8,8 +8,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
+from xlearner_d2.engine.plan_checks import check_settings
 from xlearner_d2.specs import ConfigError
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -305,3 +307,13 @@ def test_the_command_says_it_in_one_message_and_exits_with_an_error(project):
     assert "Did you mean 't_pics'?" in done.stderr
     assert "Traceback" not in done.stderr
     assert not done.stdout
+
+
+def test_devices_that_are_not_there(project, monkeypatch):
+    wish = "but cpu, cuda, or a certain GPU such as cuda:0 is expected."
+    assert check_settings(project.load("MODEL.DEVICE", "gpu"), 1) == [f"MODEL.DEVICE is 'gpu', {wish}"]
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    (problem,) = check_settings(project.load("MODEL.DEVICE", "cuda:2"), 1)
+    assert problem == "MODEL.DEVICE is 'cuda:2', but this machine has 2 usable GPUs, counted from 0."
+    assert check_settings(project.load("MODEL.DEVICE", "cuda:1"), 1) == []

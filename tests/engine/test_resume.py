@@ -6,6 +6,7 @@ import random
 import resource
 import signal
 import sys
+import time
 import traceback
 from collections.abc import Callable
 from functools import partial
@@ -19,6 +20,7 @@ from detectron2.utils import comm
 
 from xlearner_d2.checkpoint import files
 from xlearner_d2.checkpoint.load import read_checkpoint
+from xlearner_d2.engine.run import alone_in
 from xlearner_d2.engine.steps import StepTrainer
 from xlearner_d2.engine.stopping import RunStopped
 
@@ -222,6 +224,35 @@ def test_a_signal_saves_and_stops(
         assert "Traceback" not in said
     alone.run(*out, resume=True)
     assert_same_results(alone, "alone", "stopped", "expanded.pth", "student_d2.pth")
+
+
+def test_two_runs_in_one_folder_are_kept_apart(tmp_path: Path) -> None:
+    """While one lasts, and no longer; processes that it has forked do not count."""
+
+    def enter() -> None:
+        with alone_in(str(tmp_path)):
+            pass
+
+    with alone_in(str(tmp_path)):
+        assert in_child(enter) == 70
+    assert in_child(enter) == 0
+
+    def killed() -> None:
+        with alone_in(str(tmp_path)):
+            if os.fork() == 0:
+                time.sleep(60)
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    assert in_child(killed) == -signal.SIGKILL
+    enter()
+
+
+def test_runs_in_one_process_log_into_their_own_folders(alone: Project) -> None:
+    before = (alone.root / "alone/log.txt").read_text()
+    alone.run("XLEARNER.STAGE", "expand", "OUTPUT_DIR", alone.root / "another", "TEST.EVAL_PERIOD", 0)
+    assert (alone.root / "alone/log.txt").read_text() == before
+    lines = (alone.root / "another/log.txt").read_text().splitlines()
+    assert sum("Command: " in line for line in lines) == 1
 
 
 def test_online_squeeze_resumes_exactly(alone: Project, monkeypatch: pytest.MonkeyPatch) -> None:

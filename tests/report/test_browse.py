@@ -187,6 +187,11 @@ def test_test_images_have_their_own_colours(browse: Callable[..., None], tmp_pat
     assert drawn(0.9) == drawn(0.0)
 
 
+def test_where_a_run_would_write_does_not_matter(browse: Callable[..., None], tmp_path: Path) -> None:
+    browse("--source", "pics", "--num", "1", "OUTPUT_DIR", f"{tmp_path}/config.yaml/no_folder")
+    assert (tmp_path / "out/pics_train.png").is_file()
+
+
 def test_the_tool_with_an_unknown_source(browse: Callable[..., None], tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"--source names 'boxs', which is no source\. Did you mean 'boxes'\?"):
         browse("--source", "boxs")

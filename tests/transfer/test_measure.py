@@ -10,11 +10,13 @@ import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from tiny_suite import ROOT, TinySuite, fine_tune, one_set
 
+from xlearner_d2.engine import provenance
 from xlearner_d2.results.records import CellRecord, read_records
 from xlearner_d2.results.statistics import analyse
 from xlearner_d2.specs import ConfigError
@@ -22,7 +24,7 @@ from xlearner_d2.transfer import measure as measuring
 from xlearner_d2.transfer import runner
 from xlearner_d2.transfer.backbones import BackboneSpec, parse_backbones
 from xlearner_d2.transfer.measure import measure
-from xlearner_d2.transfer.runner import Cell, all_cells, run_cell, unfinished, worker_threads
+from xlearner_d2.transfer.runner import Cell, all_cells, commit, run_cell, unfinished, worker_threads
 
 DIVERGING = ["SOLVER.BASE_LR", 1e38, "SOLVER.CLIP_GRADIENTS.ENABLED", False, "SOLVER.MAX_ITER", 3]
 DEADLINE = 240
@@ -323,6 +325,45 @@ def test_errors_of_the_command(
         command(monkeypatch, "--suite", study.file, "--output", tmp_path / "out", *arguments)
     assert message in str(caught.value.code)
     assert not (tmp_path / "out").exists()
+
+
+def test_a_folder_that_cannot_be_is_found_before_anything_is_measured(
+    study: Study, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(SystemExit) as caught:
+        command(monkeypatch, "--suite", study.file, "--output", tmp_path / "file/out", "--weights", "random=random")
+    assert f"--output is {tmp_path}/file/out, which is no folder and cannot be made one." in str(caught.value.code)
+
+
+def test_a_network_that_cannot_be_built(study: Study, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    deep = ["--opts", "MODEL.RESNETS.DEPTH", "18", "MODEL.RESNETS.RES2_OUT_CHANNELS", "256"]
+    with pytest.raises(SystemExit) as caught:
+        command(monkeypatch, "--suite", study.file, "--output", tmp_path / "out", "--weights", "a=random", *deep)
+    assert "RES2_OUT_CHANNELS = 64" in str(caught.value.code)
+
+
+def test_adding_a_backbone_leaves_the_subject(
+    study: Study, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    judged: list[str] = []
+    monkeypatch.setattr("xlearner_d2.commands.transfer.measure", lambda *args, **options: None)
+    monkeypatch.setattr("xlearner_d2.commands.transfer.report_folder", lambda folder, subject: judged.append(subject))
+    command(monkeypatch, "--suite", study.file, "--output", study.out, "--weights", "single/new=random")
+    assert judged == ["squeezed"]
+
+
+@pytest.mark.parametrize("missing", ["git", "repository"])
+def test_cells_are_kept_without_git(missing: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def gone(*args: Any, **kwargs: Any) -> None:
+        raise FileNotFoundError("git")
+
+    assert provenance.git("rev-parse", "HEAD") != "" or not (ROOT / ".git").exists()
+    if missing == "git":
+        monkeypatch.setattr(provenance.subprocess, "run", gone)
+    else:
+        monkeypatch.setattr(provenance, "__file__", str(tmp_path / "a/b/c.py"))
+    assert commit() == ""
 
 
 @pytest.mark.parametrize(

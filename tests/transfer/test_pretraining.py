@@ -209,10 +209,33 @@ def test_problems_of_all_runs_come_at_once(files: StudyFiles) -> None:
         "good": [],
     }
     with pytest.raises(ConfigError) as caught:
-        check_runs(StudySpec(suite=str(files.file), config=str(files.config), runs=runs, backbones={}))
+        check_runs(
+            StudySpec(suite=str(files.file), config=str(files.config), runs=runs, backbones={}), files.root / "out"
+        )
     found = caught.value.problems
     assert [text.split(":")[0] for text in found] == ["run one", "run two", "run two", "run three"]
     assert "XLEARNER.SHARING is 'joined'" in found[0]
+
+
+def test_growth_and_an_online_squeeze_within_a_study(files: StudyFiles) -> None:
+    """What a run grows from is not there yet, so what it freezes cannot be checked."""
+    runs = {
+        "before": ["XLEARNER.STAGE", "expand"],
+        "grown": [
+            *("XLEARNER.STAGE", "expand", "XLEARNER.EXTEND", "{before}/expanded.pth"),
+            *("XLEARNER.FREEZE", "[labels]", "XLEARNER.EXTEND_INIT", "random"),
+        ],
+        "online": ["XLEARNER.STAGE", "expand", "XLEARNER.SQUEEZE.ONLINE", "True"],
+    }
+    study = StudySpec(
+        suite=str(files.file),
+        config=str(files.config),
+        runs=runs,
+        backbones={"grown": "grown/expanded.pth:labels", "squeezed": "online/student_d2.pth"},
+    )
+    check_runs(study, files.root / "out")
+    with pytest.raises(ConfigError, match=r"OUTPUT_DIR is '.*study\.yaml/out', which is no folder"):
+        check_runs(study, files.study / "out")
 
 
 def test_backbones_that_no_run_will_leave_are_found_before_training(files: StudyFiles) -> None:
@@ -225,7 +248,7 @@ def test_backbones_that_no_run_will_leave_are_found_before_training(files: Study
         "squeezed/kept": "squeezing/squeeze/model_0000001.pth",
     }
     with pytest.raises(ConfigError) as caught:
-        check_runs(replace(study, backbones=backbones))
+        check_runs(replace(study, backbones=backbones), files.root / "out")
     assert caught.value.problems == [
         "BACKBONES: 'squeezed/of a task': a role such as squeezed, or role/variant, of letters, digits, - and _ is "
         "expected.",
@@ -365,7 +388,7 @@ def test_files_of_earlier_runs_are_not_looked_for_before_they_run(files: StudyFi
         "{expanding}/expanded.pth",
     ]
     files.write_study()
-    check_runs(load_study(files.study))
+    check_runs(load_study(files.study), files.root / "out")
 
 
 def test_cost_is_that_of_all_attempts(tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ from tiny_suite import TinySuite, fine_tune, one_set
 
 from xlearner_d2.specs import ConfigError
 from xlearner_d2.transfer.measure import check_suite
-from xlearner_d2.transfer.protocols import check_heads
+from xlearner_d2.transfer.protocols import check_heads, fine_tune_config, is_deterministic
 from xlearner_d2.transfer.suite import check_data
 
 
@@ -49,6 +49,25 @@ def test_null_drops_a_record(shared: TinySuite) -> None:
     suite = shared.parse("TRANSFER.SETS.boxes", "null", "TRANSFER.PROTOCOLS.dense", "null")
     assert suite.sets.keys() == {"pics", "areas"}
     assert "dense" not in suite.protocols
+
+
+def test_modules_are_imported_before_their_data_sets_are_named(
+    shared: TinySuite, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    text = "from detectron2.data import DatasetCatalog\nDatasetCatalog.register('mine_of_suite', lambda: [])\n"
+    (tmp_path / "sets_of_mine.py").write_text(text)
+    monkeypatch.syspath_prepend(tmp_path)
+    suite = shared.parse("XLEARNER.IMPORTS", "['sets_of_mine']", "TRANSFER.SETS.pics.TEST", "mine_of_suite")
+    assert suite.sets["pics"].test == "mine_of_suite"
+
+
+def test_a_mapper_of_its_own_may_change_images(shared: TinySuite) -> None:
+    suite = shared.parse()
+    cfg = fine_tune_config(suite, suite.sets["boxes"], suite.protocols["dense"]).clone()
+    assert is_deterministic(cfg)
+    cfg.defrost()
+    cfg.INPUT.MAPPER = "a.Mapper"
+    assert not is_deterministic(cfg)
 
 
 def test_a_dropped_data_set_is_unknown(shared: TinySuite) -> None:
@@ -120,6 +139,15 @@ ONE_PROBLEM = {
     "odd options": (
         ["TRANSFER.PROTOCOLS.dense.OPTS", "[SOLVER.MAX_ITER]"],
         "TRANSFER.PROTOCOLS.dense.OPTS has 1 entries, but pairs of key and value are expected.",
+    ),
+    "options that are pairs in a list": (
+        ["TRANSFER.PROTOCOLS.dense.OPTS", "[[INPUT.MIN_SIZE_TEST, 96], [INPUT.MAX_SIZE_TEST, 160]]"],
+        "TRANSFER.PROTOCOLS.dense.OPTS has ['INPUT.MIN_SIZE_TEST', 96], but the name of a setting is expected, then "
+        "its value, and so on in one list.",
+    ),
+    "unknown depth": (
+        ["MODEL.RESNETS.DEPTH", "20"],
+        "MODEL.RESNETS.DEPTH is 20, but 18, 34, 50, 101 or 152 is expected.",
     ),
     "no protocol": (
         ["TRANSFER.SETS.pics.PROTOCOLS", "[]"],

@@ -33,7 +33,7 @@ def run(args: argparse.Namespace) -> None:
     log_progress()
     study, folder = load_study(args.study), Path(args.output)
     check_suite(study.suite)
-    check_runs(study)
+    check_runs(study, folder)
     check_output(study, seeds_of(args), folder)
     check_subject(args.subject, [*study.backbones, *(record.backbone for record in read_records(folder))])
     if args.dry_run:

@@ -47,9 +47,16 @@ def explain(plan: Plan) -> str:
         f"Parameters in training: {_trained(model)} in all, {_trained(model.backbone.reconciliation)} of them in "
         f"reconciliation layers. Expected memory of a training step: about {_memory(plan, model, taken)} a worker, "
         + ("besides what CUDA takes." if on_gpu else f"{taken:.1f} GB of it taken already; libraries may add to it."),
-        f"Results: {', '.join(f'{plan.cfg.OUTPUT_DIR}/{RESULTS[stage]}' for stage in plan.stages)}.",
+        f"Results: {', '.join(f'{plan.cfg.OUTPUT_DIR}/{name}' for name in results_of(plan))}.",
     ]
     return "\n".join(lines)
+
+
+def results_of(plan: Plan) -> list[str]:
+    """The files that a run leaves, as seen from its folder."""
+    names = [RESULTS[stage] for stage in plan.stages]
+    online = plan.cfg.XLEARNER.SQUEEZE.ONLINE and "expand" in plan.stages
+    return [*names, *([STUDENT_FILE] if online and STUDENT_FILE not in names else [])]
 
 
 def _memory(plan: Plan, model: XLearner, taken: float) -> str:

@@ -35,9 +35,8 @@ def check_settings(cfg: CfgNode, world_size: int) -> list[str]:
     problems += one_of("SHARING", cfg.XLEARNER.SHARING, SHARING)
     for stage in cfg.XLEARNER.RECONCILIATION.STAGES:
         problems += one_of("RECONCILIATION.STAGES", stage, RESNET_STAGES)
-    if cfg.MODEL.DEVICE.startswith("cuda") and not torch.cuda.is_available():
-        problems.append(f"MODEL.DEVICE is {cfg.MODEL.DEVICE!r}, but this machine has no usable GPU. Set it to cpu.")
-    if not _can_be_made(Path(cfg.OUTPUT_DIR)):
+    problems += _check_device(cfg.MODEL.DEVICE)
+    if not can_be_made(Path(cfg.OUTPUT_DIR)):
         problems.append(f"OUTPUT_DIR is {cfg.OUTPUT_DIR!r}, which is no folder and cannot be made one.")
     if cfg.MODEL.WEIGHTS and "://" not in cfg.MODEL.WEIGHTS and not Path(cfg.MODEL.WEIGHTS).is_file():
         problems.append(f"MODEL.WEIGHTS: there is no file {cfg.MODEL.WEIGHTS}.")
@@ -52,7 +51,20 @@ def check_settings(cfg: CfgNode, world_size: int) -> list[str]:
     return problems or _try_solvers(cfg)
 
 
-def _can_be_made(folder: Path) -> bool:
+def _check_device(name: str) -> list[str]:
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        return [f"MODEL.DEVICE is {name!r}, but cpu, cuda, or a certain GPU such as cuda:0 is expected."]
+    if device.type == "cuda" and not torch.cuda.is_available():
+        return [f"MODEL.DEVICE is {name!r}, but this machine has no usable GPU. Set it to cpu."]
+    count = torch.cuda.device_count() if device.type == "cuda" else 0
+    if count and (device.index or 0) >= count:
+        return [f"MODEL.DEVICE is {name!r}, but this machine has {count} usable GPUs, counted from 0."]
+    return []
+
+
+def can_be_made(folder: Path) -> bool:
     """Whether a folder is there, or the first of those above it that is lets one write."""
     there = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
     return there.is_dir() and os.access(there, os.W_OK | os.X_OK)

@@ -31,8 +31,8 @@ def describe_training(plan: Plan) -> dict[str, Any]:
         "steps": _steps(plan),
         "sharing": plan.cfg.XLEARNER.SHARING,
         "command": shlex.join(sys.argv),
-        "commit": _commit(),
-        "version": f"xlearner_d2 {metadata.version('xlearner_d2')}, detectron2 {detectron2.__version__}",
+        "commit": git("describe", "--always", "--dirty", "--abbrev=12"),
+        "version": f"xlearner_d2 {_version()}, detectron2 {detectron2.__version__}",
         "date": datetime.now(UTC).date().isoformat(),
     }
 
@@ -46,12 +46,19 @@ def _steps(plan: Plan) -> str:
     return f"{expand}{squeeze} of squeeze, of {images} images each"
 
 
-def _commit() -> str:
-    """Of the checkout that this code is in; empty where it is installed without one."""
+def _version() -> str:
+    try:
+        return metadata.version("xlearner_d2")
+    except metadata.PackageNotFoundError:  # run from a checkout that was never installed
+        return "of a checkout"
+
+
+def git(*args: str) -> str:
+    """What git says of the checkout that this code is in; empty without one, or without git."""
     root = Path(__file__).parents[2]
     if not (root / ".git").exists():
         return ""
-    found = subprocess.run(
-        ["git", "describe", "--always", "--dirty", "--abbrev=12"], cwd=root, text=True, capture_output=True, check=False
-    )
-    return found.stdout.strip()
+    try:
+        return subprocess.run(["git", *args], cwd=root, text=True, capture_output=True, check=False).stdout.strip()
+    except OSError:
+        return ""

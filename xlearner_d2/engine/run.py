@@ -1,11 +1,13 @@
 """A whole run, as train_net.py starts it: plan, then the stages, then the closing table."""
 
 import argparse
+import fcntl
 import json
 import logging
 import os
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +24,7 @@ from ..evaluation.trivial import trivial_metrics
 from ..modeling import XLearner
 from ..modeling.branches import network_name
 from ..report.pictures import draw_dataset_predictions
+from ..specs import ConfigError
 from .branches import load_expanded, student_config
 from .evaluate import SourceResults, evaluate_sources, probe_student
 from .explain import explain
@@ -60,8 +63,33 @@ def run(cfg: CfgNode, args: argparse.Namespace) -> dict[str, Any]:
     with ending_on_signals(), stopping_when_full():
         plan, description = validate(cfg, args, world_size=comm.get_world_size())
         wait_for_all()  # nothing is written before every worker has found the config and the data to be as needed
-        _set_up(plan, args, description)
-        return _run(plan, args)
+        with nullcontext() if args.eval_only else alone_in(plan.cfg.OUTPUT_DIR):
+            _set_up(plan, args, description)
+            return _run(plan, args)
+
+
+@contextmanager
+def alone_in(folder: str) -> Iterator[None]:
+    """Keep other runs out of a folder, in which two would spoil each other's files; the main worker does.
+
+    The lock ends with this process, however it ends, and processes that it forks do not have it.
+
+    Raises:
+        ConfigError: when another process has it.
+    """
+    if not comm.is_main_process():
+        yield
+        return
+    os.makedirs(folder, exist_ok=True)
+    with (Path(folder) / ".lock").open("w") as file:
+        try:
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except (BlockingIOError, PermissionError) as error:
+            wish = "wait until it has ended, or set another OUTPUT_DIR"
+            raise ConfigError([f"Another process runs in OUTPUT_DIR {folder}: {wish}."], what="The output") from error
+        except OSError:  # a file system without locks
+            logger.debug("No lock in %s.", folder)
+        yield
 
 
 def _run(plan: Plan, args: argparse.Namespace) -> dict[str, Any]:
@@ -94,7 +122,7 @@ def _set_up(plan: Plan, args: argparse.Namespace, description: str) -> None:
     comm.synchronize()
     logging.raiseExceptions = False  # a log that cannot be written must not hide why
     for name in ("fvcore", "detectron2", "xlearner_d2"):
-        setup_logger(folder, distributed_rank=comm.get_rank(), name=name).setLevel(logging.INFO)
+        _log_into(folder, name)
     for handler in logging.getLogger("detectron2").handlers:
         if getattr(handler, "stream", None) is sys.stdout:  # an error is shown once, where the run ends
             handler.addFilter(lambda record: not record.exc_info)
@@ -103,6 +131,21 @@ def _set_up(plan: Plan, args: argparse.Namespace, description: str) -> None:
     logger.info(f"\n{description}")
     if changes:
         logger.warning(changes)
+
+
+#: Handlers of an earlier run in this process, by logger.
+_handlers: dict[str, list[logging.Handler]] = {}
+
+
+def _log_into(folder: str, name: str) -> None:
+    """Log to the console and into a folder, and no more into that of an earlier run."""
+    of = logging.getLogger(name)
+    for handler in _handlers.pop(name, []):
+        of.removeHandler(handler)
+    before = list(of.handlers)
+    setup_logger.cache_clear()  # it does nothing for a folder and name that it has seen
+    setup_logger(folder, distributed_rank=comm.get_rank(), name=name).setLevel(logging.INFO)
+    _handlers[name] = [handler for handler in of.handlers if handler not in before]
 
 
 def _train(plan: Plan, *, resume: bool) -> XLearner | None:

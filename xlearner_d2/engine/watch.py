@@ -123,8 +123,9 @@ def _smoothed(storage: EventStorage, name: str) -> float | None:
 
 
 def memory_gb() -> float:
-    """The most memory that tensors took on the GPU; without one, what this process takes now."""
-    return torch.cuda.max_memory_allocated() / 1e9 if torch.cuda.is_available() else resident_gb()
+    """The most memory that tensors took on the GPU; where none did, what this process takes now."""
+    on_gpu = torch.cuda.max_memory_allocated() if torch.cuda.is_available() else 0
+    return on_gpu / 1e9 if on_gpu else resident_gb()
 
 
 def resident_gb() -> float:

@@ -104,7 +104,10 @@ def check_backbones(backbones: Sequence[BackboneSpec], seeds: Sequence[int], cfg
     cfg = cfg.clone()
     cfg.defrost()
     cfg.MODEL.DEVICE = "cpu"
-    resnet = build_branch(cfg, out_features=STAGES)
+    try:
+        resnet = build_branch(cfg, out_features=STAGES)
+    except (AssertionError, ValueError, KeyError) as error:  # as of a depth that wants other channels
+        raise ConfigError([f"MODEL.RESNETS: the network cannot be built: {error}"], what="The suite") from error
     files = {(backbone.file(seed), backbone.task): (backbone, seed) for backbone in backbones for seed in seeds}
     for (path, _), (backbone, seed) in files.items():
         if path is not None and not path.is_file():

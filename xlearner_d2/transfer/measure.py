@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from ..config import load_config
+from ..engine.plan_checks import can_be_made
 from ..specs import ConfigError
 from .backbones import BackboneSpec, check_backbones
 from .protocols import check_heads
@@ -48,6 +49,10 @@ def measure(
     Raises:
         ConfigError: before anything is measured, with all problems; or after all is, when cells failed.
     """
+    if not (dry_run or can_be_made(folder)):
+        raise ConfigError(
+            [f"--output is {folder}, which is no folder and cannot be made one."], what="The command line"
+        )
     suite = check_suite(suite_file, opts)
     check_backbones(backbones, seeds, suite.cfg)
     cells = all_cells(suite, backbones, seeds)

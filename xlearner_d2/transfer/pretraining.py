@@ -20,7 +20,7 @@ import torch
 import yaml
 
 from ..config import check_config_file, load_config
-from ..engine.explain import RESULTS
+from ..engine.explain import results_of
 from ..engine.plan import EXPANDED_FILE, STUDENT_FILE, Plan, make_plan
 from ..specs import ConfigError, nearest
 from .backbones import RANDOM, BackboneSpec, name_problems
@@ -113,14 +113,21 @@ def _needs(opts: Sequence[str]) -> list[str]:
 
 
 def _known(opts: Sequence[str]) -> list[str]:
-    """Overrides without those that name files of earlier runs, which may not be there yet."""
-    return [item for pair in zip(opts[::2], opts[1::2], strict=True) if not _needs(pair) for item in pair]
+    """Overrides without those that name files of earlier runs, which need not be there yet, nor what these decide."""
+    pairs = list(zip(opts[::2], opts[1::2], strict=True))
+    left_out = {key for key, value in pairs if _needs((key, value))}
+    if "XLEARNER.EXTEND" in left_out:
+        left_out |= {"XLEARNER.FREEZE", "XLEARNER.EXTEND_INIT"}
+    return [item for pair in pairs if pair[0] not in left_out for item in pair]
 
 
-def check_runs(study: StudySpec) -> None:
+def check_runs(study: StudySpec, folder: Path) -> None:
     """See that every run's config and data are as needed, and that the runs will leave the study's backbones.
 
     Images are not decoded, as each run does so when it starts.
+
+    Args:
+        folder: of the study.
 
     Raises:
         ConfigError: with the problems of all runs and backbones.
@@ -128,8 +135,11 @@ def check_runs(study: StudySpec) -> None:
     problems, plans = [], {}
     for name, opts in study.runs.items():
         try:
-            known = [*_known(opts), "XLEARNER.CHECK_IMAGES", "0"]
+            known = [*_known(opts), "XLEARNER.CHECK_IMAGES", "0", "OUTPUT_DIR", str(folder)]
             plans[name] = make_plan(load_config(study.config, known), world_size=1)
+            if (device := plans[name].cfg.MODEL.DEVICE).startswith("cuda:"):
+                wish = "but a study gives its runs the GPUs in turn: set it to cuda, and CUDA_VISIBLE_DEVICES"
+                problems.append(f"run {name}: MODEL.DEVICE is {device!r}, {wish}.")
         except ConfigError as error:
             problems += [f"run {name}: {problem}" for problem in error.problems]
     problems += name_problems(map(str, study.backbones), "BACKBONES: ")
@@ -144,7 +154,7 @@ def check_runs(study: StudySpec) -> None:
 def _check_file(text: str, run: str, plan: Plan) -> list[str]:
     """Whether a run leaves ``FILE`` or ``FILE:TASK``; of those in folders below its own nothing is known."""
     file, _, task = text.partition(":")
-    left = [RESULTS[stage] for stage in plan.stages]
+    left = results_of(plan)
     if file not in left and "/" not in file:
         return [f"the run {run} leaves {' and '.join(left)}; see its XLEARNER.STAGE."]
     tasks = [spec.name for spec in plan.tasks]

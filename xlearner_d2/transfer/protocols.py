@@ -267,7 +267,7 @@ def _train(model: nn.Module, cfg: CfgNode, suite_cfg: CfgNode, batches: Iterable
 
 def is_deterministic(cfg: CfgNode) -> bool:
     """Whether a config's training images have no augmentation, so that each may be read once and kept."""
-    if cfg.MODEL.META_ARCHITECTURE == "ImageClassifier":
+    if cfg.MODEL.META_ARCHITECTURE == "ImageClassifier" or cfg.INPUT.MAPPER:  # which does what it likes
         return False
     options = cfg.INPUT
     changes = options.RANDOM_FLIP != "none" or len(options.MIN_SIZE_TRAIN) > 1 or options.CROP.ENABLED

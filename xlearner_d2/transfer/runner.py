@@ -4,7 +4,6 @@ import logging
 import multiprocessing
 import os
 import platform
-import subprocess
 import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Executor, Future, ProcessPoolExecutor, as_completed
@@ -19,6 +18,7 @@ from threadpoolctl import threadpool_limits
 
 from ..config import load_config
 from ..engine.memory import keep_freed_memory
+from ..engine.provenance import git
 from ..engine.workers import end_with_parent
 from ..results.records import CellRecord, cell_file, read_record, read_records, write_record
 from .backbones import BackboneSpec, fingerprint
@@ -127,11 +127,6 @@ def run_cell(suite: Suite, cell: Cell, folder: Path) -> CellRecord:
 
 def commit() -> str:
     """The project's commit, with "+" when tracked files differ from it; "" outside of a repository."""
-    folder = Path(__file__).parent
-
-    def git(*args: str) -> str:
-        return subprocess.run(["git", *args], cwd=folder, capture_output=True, text=True, check=False).stdout.strip()
-
     return git("rev-parse", "--short=12", "HEAD") + ("+" if git("status", "--porcelain", "-uno") else "")
 
 

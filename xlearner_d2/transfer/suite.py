@@ -11,15 +11,17 @@ from typing import Any
 from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog, MetadataCatalog
 
-from ..config import check_config_file
+from ..config import check_config_file, read_python_settings
 from ..data.builtin import dataset_root, register_datasets
 from ..data.check import check_records, check_same_classes
 from ..data.sources import check_labels
+from ..engine.branches import check_networks
 from ..evaluation.build import METRICS
+from ..extensions import import_modules
 from ..modeling.expanded import STAGES
 from ..modeling.heads import find_config
 from ..settings import AMP_PRECISIONS, usable_device
-from ..specs import ConfigError, DatasetSpec, nearest, parse_datasets, parse_record
+from ..specs import ConfigError, DatasetSpec, nearest, pair_problems, parse_datasets, parse_record
 
 FAMILIES = ("classification", "detection", "segmentation")
 #: kind -> the options that have a meaning for it, besides its metric
@@ -156,7 +158,9 @@ def _given(record: Any) -> dict[str, Any]:
 
 def read_config(config: str) -> str:
     """The content of a config that has been checked, with that of the files it is based on."""
-    loaded = CfgNode.load_yaml_with_base(find_config(config), allow_unsafe=True)
+    path = find_config(config)
+    python = path.endswith(".py")
+    loaded = read_python_settings(path) if python else CfgNode.load_yaml_with_base(path, allow_unsafe=True)
     return json.dumps(loaded, sort_keys=True, default=str)
 
 
@@ -168,9 +172,7 @@ def _check_fine_tune(spec: ProtocolSpec, where: str) -> list[str]:
         check_config_file(find_config(spec.config))
     except ConfigError as error:
         problems += [f"{where}.CONFIG is {spec.config!r}: {problem}" for problem in error.problems]
-    if len(spec.opts) % 2:
-        problems.append(f"{where}.OPTS has {len(spec.opts)} entries, but pairs of key and value are expected.")
-    return problems
+    return [*problems, *pair_problems(f"{where}.OPTS", spec.opts)]
 
 
 def _check_probe(spec: ProtocolSpec, where: str) -> list[str]:
@@ -261,10 +263,11 @@ def parse_suite(cfg: CfgNode) -> Suite:
     Raises:
         ConfigError: with all problems.
     """
+    import_modules(cfg.XLEARNER.IMPORTS)
     cfg = cfg.clone()
     cfg.MODEL.DEVICE = usable_device(cfg)
     cfg.freeze()
-    problems: list[str] = []
+    problems = check_networks(cfg, [])
     datasets = {spec.name: spec for spec in parse_datasets(cfg.XLEARNER.DATASETS, problems)}
     try:
         register_datasets(list(datasets.values()), dataset_root())
@@ -320,6 +323,6 @@ def check_data(suite: Suite, *, check_images: int) -> None:
 def _check_dataset(name: str, check_images: int) -> list[str]:
     try:
         records = DatasetCatalog.get(name)
-    except (ValueError, OSError, KeyError, AssertionError) as error:
+    except (ValueError, OSError, KeyError, AssertionError, ImportError) as error:
         return error.problems if isinstance(error, ConfigError) else [f"data set {name!r}: {error}"]
     return check_records(name, records, MetadataCatalog.get(name), max_images=check_images)
