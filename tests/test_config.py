@@ -106,6 +106,11 @@ def test_plain_settings_are_merged_as_in_detectron2(write: Write) -> None:
     assert (cfg.SOLVER.BASE_LR, cfg.XLEARNER.SHARING, cfg.XLEARNER.SQUEEZE.STAGES) == (0.5, "shared", ["res5"])
 
 
+def test_null_stands_for_no_text(write: Write) -> None:
+    cfg = load_config(write("XLEARNER: {COMPILE: null, SQUEEZE: {TEACHER: }}\nMODEL: {WEIGHTS: }"))
+    assert (cfg.XLEARNER.COMPILE, cfg.XLEARNER.SQUEEZE.TEACHER, cfg.MODEL.WEIGHTS) == ("", "", "")
+
+
 def test_an_empty_text_is_one(write: Write) -> None:
     opts = ["XLEARNER.SOURCES.one.SAMPLER", "", "XLEARNER.BRANCHES.it.WEIGHTS", "", "OUTPUT_DIR", ""]
     cfg = load_config(write(TWO), opts)

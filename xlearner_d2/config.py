@@ -1,6 +1,6 @@
 """How a config file and the command line become a Detectron2 config with this project's keys, checked on the way."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -213,16 +213,23 @@ def load_config(config_file: str | Path, opts: Sequence[str] = ()) -> CfgNode:
         cfg.merge_from_list(opts)
     except (KeyError, ValueError, AssertionError) as error:
         raise ConfigError([f"The command line: {error}"]) from error
-    if empty := list(_empty(cfg, default_config())):
+    if empty := _fill_texts(cfg, default_config()):
         raise ConfigError([f"{name} is empty (null), but its default is {value!r}." for name, value in empty])
     return cfg
 
 
-def _empty(cfg: CfgNode, default: CfgNode, prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Settings without a value, which yacs takes for any kind, and their defaults; records may be dropped so."""
+def _fill_texts(cfg: CfgNode, default: CfgNode, prefix: str = "") -> list[tuple[str, Any]]:
+    """Make null settings "" that are so by default, as a sign for none; the names of others, and their defaults.
+
+    yacs takes null for any kind. Records, which have no default, may be dropped so.
+    """
+    empty = []
     for key, usual in default.items():
         value = cfg.get(key)
-        if value is None and usual is not None:
-            yield prefix + key, {} if isinstance(usual, CfgNode) else usual
+        if value is None and usual == "":
+            cfg[key] = usual
+        elif value is None and usual is not None:
+            empty.append((prefix + key, usual))
         elif isinstance(value, CfgNode) and isinstance(usual, CfgNode):
-            yield from _empty(value, usual, f"{prefix}{key}.")
+            empty += _fill_texts(value, usual, f"{prefix}{key}.")
+    return empty

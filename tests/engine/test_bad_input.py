@@ -278,7 +278,9 @@ def test_a_config_without_its_base_is_told_so(project):
 @pytest.mark.parametrize("place", ["{root}/config.yaml/out", "{root}/config.yaml"])
 def test_a_folder_for_results_that_cannot_be_made(project, place):
     place = place.format(root=project.root)
-    with pytest.raises(ConfigError, match=rf"OUTPUT_DIR is '{place}', which is no folder and cannot be made one"):
+    with pytest.raises(
+        ConfigError, match=rf"OUTPUT_DIR is '{place}', which is no folder that can be made or written to"
+    ):
         project.dry_run("OUTPUT_DIR", place)
 
 

@@ -239,12 +239,12 @@ def test_two_runs_in_one_folder_are_kept_apart(tmp_path: Path) -> None:
 
     def killed() -> None:
         with alone_in(str(tmp_path)):
-            if os.fork() == 0:
-                time.sleep(60)
+            (tmp_path / "left").write_text(str(start_child(lambda: time.sleep(60))))
             os.kill(os.getpid(), signal.SIGKILL)
 
     assert in_child(killed) == -signal.SIGKILL
     enter()
+    os.kill(int((tmp_path / "left").read_text()), signal.SIGKILL)
 
 
 def test_runs_in_one_process_log_into_their_own_folders(alone: Project) -> None:

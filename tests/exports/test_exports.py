@@ -212,7 +212,10 @@ def test_a_dilated_student_of_timm_is_no_network_of_timm(tmp_path: Path) -> None
         export(path, to="timm")
 
 
-@pytest.mark.parametrize(("name", "kind"), [("test_convnext", "LayerNorm2d"), ("regnetz_005", "live BN")])
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [("test_convnext", "LayerNorm2d"), ("regnetz_005", "live BN"), ("test_efficientnet_gn", "GroupNormAct")],
+)
 def test_norm_layers_of_timm_by_their_kind(tmp_path: Path, name: str, kind: str) -> None:
     cfg = student_cfg(18)
     cfg.MODEL.BACKBONE.TIMM = name

@@ -333,7 +333,9 @@ def test_a_folder_that_cannot_be_is_found_before_anything_is_measured(
     (tmp_path / "file").write_text("")
     with pytest.raises(SystemExit) as caught:
         command(monkeypatch, "--suite", study.file, "--output", tmp_path / "file/out", "--weights", "random=random")
-    assert f"--output is {tmp_path}/file/out, which is no folder and cannot be made one." in str(caught.value.code)
+    assert f"--output is {tmp_path}/file/out, which is no folder that can be made or written to." in str(
+        caught.value.code
+    )
 
 
 def test_a_network_that_cannot_be_built(study: Study, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -358,7 +360,6 @@ def test_cells_are_kept_without_git(missing: str, tmp_path: Path, monkeypatch: p
     def gone(*args: Any, **kwargs: Any) -> None:
         raise FileNotFoundError("git")
 
-    assert provenance.git("rev-parse", "HEAD") != "" or not (ROOT / ".git").exists()
     if missing == "git":
         monkeypatch.setattr(provenance.subprocess, "run", gone)
     else:

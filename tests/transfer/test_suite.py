@@ -345,3 +345,12 @@ def test_protocols_share_features_unless_these_differ(shared: TinySuite) -> None
     assert probe == few != knn
     other = shared.parse("MODEL.RESNETS.DEPTH", "101")
     assert other.feature_settings(spec, other.protocols["probe"]) != probe
+
+
+def test_a_protocol_may_freeze_norms_and_leaves_pixels_alone(shared: TinySuite) -> None:
+    """The file is converted to the suite's pixels."""
+    suite = shared.parse("TRANSFER.PROTOCOLS.dense.OPTS", "[MODEL.RESNETS.NORM, FrozenBN]")
+    assert fine_tune_config(suite, suite.sets["boxes"], suite.protocols["dense"]).MODEL.RESNETS.NORM == "FrozenBN"
+    suite = shared.parse("TRANSFER.PROTOCOLS.dense.OPTS", "[INPUT.FORMAT, RGB]")
+    with pytest.raises(ConfigError, match=r"dense\.OPTS sets INPUT\.FORMAT to 'RGB', but it holds for all .* 'BGR'"):
+        check_heads(suite)

@@ -96,7 +96,7 @@ def run(args: argparse.Namespace) -> None:
     if args.num < 1:
         raise ConfigError([f"--num is {args.num}, but at least 1 is expected."], what="The command line")
     # Whether images are whole is for --dry-run to find out.
-    opts = [*args.opts, "XLEARNER.CHECK_IMAGES", "0", "OUTPUT_DIR", args.output]
+    opts = [*args.opts, "XLEARNER.CHECK_IMAGES", "0", "OUTPUT_DIR", str(Path(args.output).absolute())]
     plan = make_plan(load_config(args.config_file, opts), world_size=1)
     chosen = choose(plan, args.source)
     if lacking := [source.name for source in chosen if not getattr(source, args.split)]:

@@ -12,7 +12,7 @@ from ..results.records import read_records
 from ..results.statistics import check_subject
 from ..specs import ConfigError
 from ..transfer.command_line import base_parser, log_progress, seeds_of
-from ..transfer.measure import check_suite, measure
+from ..transfer.measure import check_folder, check_suite, measure
 from ..transfer.pretraining import backbones_of, check_output, check_runs, load_study, run_pretraining
 
 logger = logging.getLogger("xlearner_d2.transfer")
@@ -32,6 +32,8 @@ def run(args: argparse.Namespace) -> None:
     """Seed by seed, so that a study that is stopped has whole seeds; where runs fail, what others left is measured."""
     log_progress()
     study, folder = load_study(args.study), Path(args.output)
+    if not args.dry_run:
+        check_folder(folder)
     check_suite(study.suite)
     check_runs(study, folder)
     check_output(study, seeds_of(args), folder)

@@ -22,6 +22,7 @@ from ..config import load_config
 from ..settings import usable_device
 from ..specs import ConfigError
 from .memory import keep_freed_memory
+from .plan_checks import check_device
 from .run import run, validate
 from .scaling import check_timeouts
 from .stopping import RunStopped, name_of, passing_on_signals
@@ -175,7 +176,10 @@ def _run(args: argparse.Namespace) -> None:
         multiprocessing.set_start_method("fork", force=True)
     try:
         cfg = load_config(args.config_file, args.opts)
-        if (device := usable_device(cfg)).startswith("cuda:") and torch.cuda.is_available():
+        device = usable_device(cfg)
+        if problems := check_device(device):
+            raise ConfigError(problems)
+        if device.startswith("cuda:"):
             torch.cuda.set_device(device)
         if device == "cpu":
             keep_freed_memory()

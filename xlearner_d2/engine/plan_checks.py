@@ -35,9 +35,9 @@ def check_settings(cfg: CfgNode, world_size: int) -> list[str]:
     problems += one_of("SHARING", cfg.XLEARNER.SHARING, SHARING)
     for stage in cfg.XLEARNER.RECONCILIATION.STAGES:
         problems += one_of("RECONCILIATION.STAGES", stage, RESNET_STAGES)
-    problems += _check_device(cfg.MODEL.DEVICE)
+    problems += check_device(cfg.MODEL.DEVICE)
     if not can_be_made(Path(cfg.OUTPUT_DIR)):
-        problems.append(f"OUTPUT_DIR is {cfg.OUTPUT_DIR!r}, which is no folder and cannot be made one.")
+        problems.append(f"OUTPUT_DIR is {cfg.OUTPUT_DIR!r}, which is no folder that can be made or written to.")
     if cfg.MODEL.WEIGHTS and "://" not in cfg.MODEL.WEIGHTS and not Path(cfg.MODEL.WEIGHTS).is_file():
         problems.append(f"MODEL.WEIGHTS: there is no file {cfg.MODEL.WEIGHTS}.")
     if cfg.XLEARNER.WANDB and importlib.util.find_spec("wandb") is None:
@@ -51,7 +51,8 @@ def check_settings(cfg: CfgNode, world_size: int) -> list[str]:
     return problems or _try_solvers(cfg)
 
 
-def _check_device(name: str) -> list[str]:
+def check_device(name: str) -> list[str]:
+    """Problems of ``MODEL.DEVICE``."""
     try:
         device = torch.device(name)
     except RuntimeError:

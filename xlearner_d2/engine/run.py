@@ -64,6 +64,8 @@ def run(cfg: CfgNode, args: argparse.Namespace) -> dict[str, Any]:
         plan, description = validate(cfg, args, world_size=comm.get_world_size())
         wait_for_all()  # nothing is written before every worker has found the config and the data to be as needed
         with nullcontext() if args.eval_only else alone_in(plan.cfg.OUTPUT_DIR):
+            if not args.eval_only and comm.is_main_process():  # another run may have ended since
+                check_output(plan, resume=args.resume)
             _set_up(plan, args, description)
             return _run(plan, args)
 

@@ -99,6 +99,7 @@ def norm_kind(network: nn.Module) -> str:
             return "frozen BN"
         if isinstance(module, _BatchNorm):
             return "live BN"
-        if "Norm" in name and not [*module.children()]:  # of a convolution with its norm, this comes later
+        # Of a convolution with its norm, the norm comes later.
+        if isinstance(module, nn.GroupNorm | nn.LayerNorm) or ("Norm" in name and not [*module.children()]):
             return name
     return "none"

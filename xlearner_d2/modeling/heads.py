@@ -107,8 +107,8 @@ def head_config(source: SourceSpec, cfg: CfgNode, *, where: str = "") -> CfgNode
             _set_classes(head, source, where)
         followed = head.clone()
         head.merge_from_list(list(source.opts))
-        if is_source:  # elsewhere, the head keeps the ResNet that it has
-            _check_followed(head, followed, where)
+        # A model that is fine-tuned keeps the norms of the ResNet that it has.
+        _check_followed(head, followed, where, free=() if is_source else ("NORM",))
         _check_supported(head, f"{where} ({source.config})")
     except (KeyError, ValueError, AssertionError, yaml.YAMLError) as error:
         problems = error.problems if isinstance(error, ConfigError) else [_words(error, where, source)]
@@ -137,10 +137,15 @@ def _follow(head: CfgNode, cfg: CfgNode, where: str) -> None:
     head.MODEL.DEVICE = cfg.MODEL.DEVICE
 
 
-def _check_followed(head: CfgNode, followed: CfgNode, where: str) -> None:
-    """See that a source's own settings leave alone what holds for all sources, as they would be without effect."""
-    of_head = ("NORM", "NUM_GROUPS", "WIDTH_PER_GROUP", "STRIDE_IN_1X1") if has_res5_in_head(head) else ()
-    keys = [f"MODEL.RESNETS.{name}" for name in ARCHITECTURE_KEYS if name not in of_head]
+def _check_followed(head: CfgNode, followed: CfgNode, where: str, *, free: Sequence[str]) -> None:
+    """See that a source's own settings leave alone what holds for all sources, as they would be without effect.
+
+    Args:
+        free: of the keys in ``MODEL.RESNETS``, those that are the head's own.
+    """
+    if has_res5_in_head(head):
+        free = (*free, "NORM", "NUM_GROUPS", "WIDTH_PER_GROUP", "STRIDE_IN_1X1")
+    keys = [f"MODEL.RESNETS.{name}" for name in ARCHITECTURE_KEYS if name not in free]
     keys += ["INPUT.FORMAT", "MODEL.PIXEL_MEAN", "MODEL.PIXEL_STD", "MODEL.DEVICE", "MODEL.BACKBONE.TIMM"]
     problems = []
     for key in keys:

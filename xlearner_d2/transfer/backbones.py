@@ -106,6 +106,8 @@ def check_backbones(backbones: Sequence[BackboneSpec], seeds: Sequence[int], cfg
     cfg.MODEL.DEVICE = "cpu"
     try:
         resnet = build_branch(cfg, out_features=STAGES)
+    except ConfigError:
+        raise
     except (AssertionError, ValueError, KeyError) as error:  # as of a depth that wants other channels
         raise ConfigError([f"MODEL.RESNETS: the network cannot be built: {error}"], what="The suite") from error
     files = {(backbone.file(seed), backbone.task): (backbone, seed) for backbone in backbones for seed in seeds}

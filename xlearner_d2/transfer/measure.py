@@ -28,6 +28,17 @@ def check_suite(suite_file: str, opts: Sequence[str] = ()) -> Suite:
     return suite
 
 
+def check_folder(folder: Path) -> None:
+    """See that a study can be kept there.
+
+    Raises:
+        ConfigError: when it cannot.
+    """
+    if not can_be_made(folder):
+        problem = f"--output is {folder}, which is no folder that can be made or written to."
+        raise ConfigError([problem], what="The command line")
+
+
 def measure(
     suite_file: str,
     backbones: Sequence[BackboneSpec],
@@ -49,10 +60,8 @@ def measure(
     Raises:
         ConfigError: before anything is measured, with all problems; or after all is, when cells failed.
     """
-    if not (dry_run or can_be_made(folder)):
-        raise ConfigError(
-            [f"--output is {folder}, which is no folder and cannot be made one."], what="The command line"
-        )
+    if not dry_run:
+        check_folder(folder)
     suite = check_suite(suite_file, opts)
     check_backbones(backbones, seeds, suite.cfg)
     cells = all_cells(suite, backbones, seeds)

@@ -116,9 +116,8 @@ def _known(opts: Sequence[str]) -> list[str]:
     """Overrides without those that name files of earlier runs, which need not be there yet, nor what these decide."""
     pairs = list(zip(opts[::2], opts[1::2], strict=True))
     left_out = {key for key, value in pairs if _needs((key, value))}
-    if "XLEARNER.EXTEND" in left_out:
-        left_out |= {"XLEARNER.FREEZE", "XLEARNER.EXTEND_INIT"}
-    return [item for pair in pairs if pair[0] not in left_out for item in pair]
+    known = [item for pair in pairs if pair[0] not in left_out for item in pair]
+    return [*known, "XLEARNER.FREEZE", "[]", "XLEARNER.EXTEND_INIT", ""] if "XLEARNER.EXTEND" in left_out else known
 
 
 def check_runs(study: StudySpec, folder: Path) -> None:
@@ -135,9 +134,9 @@ def check_runs(study: StudySpec, folder: Path) -> None:
     problems, plans = [], {}
     for name, opts in study.runs.items():
         try:
-            known = [*_known(opts), "XLEARNER.CHECK_IMAGES", "0", "OUTPUT_DIR", str(folder)]
+            known = [*_known(opts), "XLEARNER.CHECK_IMAGES", "0", "OUTPUT_DIR", str(folder.absolute())]
             plans[name] = make_plan(load_config(study.config, known), world_size=1)
-            if (device := plans[name].cfg.MODEL.DEVICE).startswith("cuda:"):
+            if (device := plans[name].cfg.MODEL.DEVICE).startswith("cuda:") and device != "cuda:0":
                 wish = "but a study gives its runs the GPUs in turn: set it to cuda, and CUDA_VISIBLE_DEVICES"
                 problems.append(f"run {name}: MODEL.DEVICE is {device!r}, {wish}.")
         except ConfigError as error:

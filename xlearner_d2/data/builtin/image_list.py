@@ -3,6 +3,7 @@
 import csv
 import functools
 import io
+import os
 import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path, PurePath
@@ -60,8 +61,8 @@ def _records(folder: Path, rows: Sequence[Row], indices: Sequence[tuple[int, ...
     for row, found in zip(rows, indices, strict=True):
         label = {"category_ids": sorted(set(found))} if spec.multi_label else {"category_id": found[0]}
         # In some lists, such as that of Places365, paths below IMAGES begin with a slash.
-        below = spec.images and row.path.startswith("/") and not Path(row.path).is_file()
-        path = row.path.lstrip("/") if below else row.path
+        elsewhere = Path(row.path).is_relative_to(folder.absolute()) or os.path.isfile(row.path)
+        path = row.path.lstrip("/") if spec.images and row.path.startswith("/") and not elsewhere else row.path
         records.append({"file_name": str(folder / path), "image_id": row.path, **label})
     return records
 
