@@ -71,6 +71,17 @@ def test_a_signal_to_all_processes_of_a_run_is_one_to_the_run(project, number):
     assert "Traceback" not in output
 
 
+def test_a_signal_to_the_process_that_started_workers_reaches_them(project):
+    without_evaluation(project, steps=100_000)
+    process = start(project, "--num-gpus", 2, "XLEARNER.STAGE", "expand")
+    wait_for_checkpoint(project, "expand", process)
+    process.send_signal(signal.SIGTERM)
+    output = process.communicate(timeout=LONG)[0]
+    assert process.returncode == 128 + signal.SIGTERM, output[-3000:]
+    assert output.count("Stopped by SIGTERM after step ") == 1
+    assert "Traceback" not in output
+
+
 def test_a_killed_run_goes_on_where_it_was(project):
     """SIGKILL once a checkpoint is there, then --resume: the weights are those of a run that was left alone."""
     project.content["SOLVER"]["MAX_ITER"] = 12

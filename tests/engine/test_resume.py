@@ -22,7 +22,7 @@ from xlearner_d2.checkpoint import files
 from xlearner_d2.checkpoint.load import read_checkpoint
 from xlearner_d2.engine.run import alone_in
 from xlearner_d2.engine.steps import StepTrainer
-from xlearner_d2.engine.stopping import RunStopped
+from xlearner_d2.engine.stopping import RunStopped, StopSignals
 
 STEPS = 5
 
@@ -224,6 +224,33 @@ def test_a_signal_saves_and_stops(
         assert "Traceback" not in said
     alone.run(*out, resume=True)
     assert_same_results(alone, "alone", "stopped", "expanded.pth", "student_d2.pth")
+
+
+def test_a_second_signal_stops_at_once() -> None:
+    """One that comes within a second is the same one, which a scheduler sends to every process."""
+    signals = StopSignals()
+    signals.install()
+    try:
+        for _ in range(2):
+            os.kill(os.getpid(), signal.SIGTERM)
+        assert signals.agreed() == signal.SIGTERM
+        signals._time -= 60
+        with pytest.raises(RunStopped, match="Stopped by a second SIGTERM, without saving"):
+            os.kill(os.getpid(), signal.SIGTERM)
+    finally:
+        signals.restore()
+
+
+def test_a_signal_while_nothing_is_trained(
+    alone: Project, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    def evaluate(*args: Any, **options: Any) -> None:
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr("xlearner_d2.engine.run.evaluate_sources", evaluate)
+    out = ("OUTPUT_DIR", alone.root / "alone")
+    assert in_child(lambda: alone.run(*out, eval_only=True)) == 128 + signal.SIGTERM
+    assert "Stopped by SIGTERM. Add --resume to go on from the last checkpoint." in capfd.readouterr().err
 
 
 def test_two_runs_in_one_folder_are_kept_apart(tmp_path: Path) -> None:
