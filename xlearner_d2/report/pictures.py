@@ -118,8 +118,7 @@ def draw_predictions(
         left, right = Visualizer(image, metadata), Visualizer(image, metadata)
         _draw_truth(left, record, output, transform)
         nearest = _nearest(record, transform) if "depth" in output and "depth_file_name" in record else None
-        options = {"score_threshold": score_threshold, "max_fallback": max_fallback, "nearest": nearest}
-        _draw_output(right, record, output, **options)
+        _draw_output(right, record, output, score_threshold=score_threshold, max_fallback=max_fallback, nearest=nearest)
         cells += [left.output.get_image(), right.output.get_image()]
     Path(output_file).parent.mkdir(parents=True, exist_ok=True)
     _compose(cells, pairs_per_row=1 if len(records) == 1 else 2).save(output_file)
