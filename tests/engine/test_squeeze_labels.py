@@ -295,7 +295,8 @@ def test_a_branch_gives_hints_from_stages_that_its_heads_do_not_read(finished: P
     """The classifier reads res5 alone, and its res4 gives hints by default."""
     own = ("XLEARNER.SQUEEZE.OWN_IMAGES", True, "XLEARNER.STEPS", "alternating")
     plan_of(finished, *HINTS, *own)
-    deep = ("XLEARNER.SQUEEZE.TEACHER_STAGES", ["res5", "res5"], "XLEARNER.SQUEEZE.STAGE_WEIGHTS", [0.0, 1.0])
+    deep = [item for key in ("STAGES", "TEACHER_STAGES") for item in (f"XLEARNER.SQUEEZE.{key}", ["res5"])]
+    deep += ["XLEARNER.SQUEEZE.STAGE_WEIGHTS", [1.0]]
     shallow = ["MODEL.RESNETS.OUT_FEATURES", ["res4"], "MODEL.CLASSIFIER.IN_FEATURE", "res4"]
     with pytest.raises(ConfigError, match="steps of task 'classification', whose branch gives no hint"):
         plan_of(finished, *HINTS, *own, *deep, "XLEARNER.SOURCES.pics.OPTS", shallow)
