@@ -293,8 +293,8 @@ def pair_problems(where: str, opts: Sequence[Any]) -> list[str]:
     """Whether a list has names of settings and their values in turn."""
     if len(opts) % 2:
         return [f"{where} has {len(opts)} entries, but pairs of key and value are expected."]
-    wish = "but the name of a setting is expected, then its value, and so on in one list"
-    return [f"{where} has {key!r}, {wish}." for key in opts[::2] if not isinstance(key, str)]
+    wish = ", but the name of a setting is expected, then its value, and so on in one list."
+    return [f"{where} has {key!r}{wish}" for key in opts[::2] if not isinstance(key, str)]
 
 
 def parse_sources(
