@@ -151,8 +151,10 @@ def _check_followed(head: CfgNode, followed: CfgNode, where: str, *, free: Seque
     for key in keys:
         own, common = (functools.reduce(getattr, key.split("."), cfg) for cfg in (head, followed))
         if own != common:
-            wish = f"it holds for all sources and is {common!r}: set it in the config of the run, or leave it out"
-            problems.append(f"{where}.OPTS sets {key} to {own!r}, but {wish}.")
+            wish = (
+                f", but it holds for all sources and is {common!r}: set it in the config of the run, or leave it out."
+            )
+            problems.append(f"{where}.OPTS sets {key} to {own!r}{wish}")
     if problems:
         raise ConfigError(problems)
 
