@@ -60,9 +60,11 @@ def _records(folder: Path, rows: Sequence[Row], indices: Sequence[tuple[int, ...
     records: Records = []
     for row, found in zip(rows, indices, strict=True):
         label = {"category_ids": sorted(set(found))} if spec.multi_label else {"category_id": found[0]}
+        path = row.path
         # In some lists, such as that of Places365, paths below IMAGES begin with a slash.
-        elsewhere = Path(row.path).is_relative_to(folder.absolute()) or os.path.isfile(row.path)
-        path = row.path.lstrip("/") if spec.images and row.path.startswith("/") and not elsewhere else row.path
+        if spec.images and path.startswith("/"):
+            is_absolute = Path(path).is_relative_to(folder.absolute()) or os.path.isfile(path)
+            path = path if is_absolute else path.lstrip("/")
         records.append({"file_name": str(folder / path), "image_id": row.path, **label})
     return records
 
