@@ -1,5 +1,6 @@
 """Shares, samplers and alternating steps in whole runs."""
 
+import gc
 import json
 import re
 
@@ -10,6 +11,7 @@ from test_processes import finish, start
 from xlearner_d2.checkpoint.load import read_checkpoint
 from xlearner_d2.engine.plan import make_plan
 from xlearner_d2.engine.provenance import describe_training
+from xlearner_d2.engine.trainer import build_loader
 from xlearner_d2.specs import ConfigError
 
 TASKS = {"pics": "classification", "boxes": "detection", "areas": "segmentation"}
@@ -81,6 +83,21 @@ def test_a_share_of_the_images_is_trained_on_and_all_are_tested_on(project, monk
         assert [len(data.train) for data in plan.data.values()] == [4 if name == "boxes" else 8 for name in plan.data]
         assert {len(records) for data in plan.data.values() for records in data.test.values()} == {8}
     assert chosen[0] != chosen[1]
+
+
+def test_training_records_are_held_serialised_alone(project, monkeypatch):
+    """As objects they take several times the memory, and each process that reads would copy them sooner or later."""
+
+    def records_as_objects() -> int:  # of boxes: Python's collector does not know of dicts of strings and numbers alone
+        gc.collect()
+        return sum(type(it) is dict and {"file_name", "annotations"} <= it.keys() for it in gc.get_objects())
+
+    monkeypatch.setenv("DETECTRON2_DATASETS", str(project.root / "data"))
+    before = records_as_objects()
+    plan = make_plan(project.load(), world_size=1)
+    loader = build_loader(plan, "expand")
+    assert records_as_objects() - before == sum(map(len, plan.data["boxes"].test.values()))
+    assert {len(records) for records in loader.dataset.records.values()} == {8}
 
 
 def test_shares_and_turns_are_in_the_plan(project):

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 from detectron2.config import CfgNode
-from detectron2.data import DatasetFromList, build_detection_test_loader
+from detectron2.data import build_detection_test_loader
 from detectron2.utils import comm
 from torch.utils.data import DataLoader, Dataset
 
@@ -24,12 +24,12 @@ class JointDataset(Dataset[Record]):
     """Records of all sources, mapped when drawn.
 
     Args:
-        records: by source; serialised once (Detectron2), so that worker processes share rather than copy them.
+        records: by source; see :class:`.sources.SourceData`.
         mappers: by source.
     """
 
     def __init__(self, *, records: Mapping[str, Sequence[Record]], mappers: Mapping[str, SourceMapper]):
-        self.records = {source: DatasetFromList(list(found), copy=False) for source, found in records.items()}
+        self.records = dict(records)
         self.mappers = dict(mappers)
 
     def __getitem__(self, draw: Draw) -> Record:

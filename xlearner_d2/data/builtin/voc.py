@@ -211,7 +211,18 @@ def _read(spec: DatasetSpec, layout: Layout, classes: Sequence[str]) -> Records:
         image_id = number if as_coco else name
         records.append({"file_name": str(image), "image_id": image_id, **size, "annotations": objects})
     raise_if_any(problems)
+    _warn_counted_from_0(spec, records)
     return records
+
+
+def _warn_counted_from_0(spec: DatasetSpec, records: Records) -> None:
+    corners = [it["bbox"][:2] for record in records for it in record["annotations"]]
+    early = sum(min(corner) < 0 for corner in corners)
+    if early:
+        text = "%s: %d of %d boxes begin before pixel 1, which is VOC's first. If the files count from 0, all boxes are"
+        logger.warning(
+            f"{text} one pixel too far to the left and to the top: add 1.", subject(spec), early, len(corners)
+        )
 
 
 def _warn_unlabelled(spec: DatasetSpec, names: Sequence[str], num_images: int, folder: Path) -> None:
