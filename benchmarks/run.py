@@ -28,6 +28,12 @@ from timing import machine
 BENCHMARKS = {**RATIOS, "coco": coco_evaluation, "loader": loader, "scaling": scaling}
 
 
+#: Those whose comparisons can be by the number of calls.
+COUNTED = [name for name in RATIOS if name not in ("memory", "small maps")]
+#: Those that are in mixed precision, or not, whatever the command says.
+AMP = {"one-source step": False, "small maps": True}
+
+
 def main() -> None:
     """Run what was asked for, and report."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -39,8 +45,11 @@ def main() -> None:
     parser.add_argument("--size", type=int, default=128, help="side of the images in pixels")
     parser.add_argument("--threads", type=int, default=1, help="threads of torch on a CPU")
     parser.add_argument("--amp", action=argparse.BooleanOptionalAction, default=True, help="mixed precision")
-    parser.add_argument("--output", type=Path, default=Path(__file__).parent / "results", help="folder of the results")
+    parser.add_argument("--output", type=Path, default=Path("output/benchmarks"), help="folder of the results")
     args = parser.parse_args()
+    timed = [name for name in args.only if name not in COUNTED]
+    if args.by == "calls" and timed:
+        parser.error(f"--by calls counts those of {', '.join(COUNTED)}, but --only has {', '.join(timed)}")
     torch.set_num_threads(args.threads)
     if args.by == "calls":
         compute_as_on_a_gpu()
@@ -52,7 +61,8 @@ def main() -> None:
         found = BENCHMARKS[name](args)
         results[name] = found
         print_found(name, found)
-        settings = {key: getattr(args, key) for key in ("by", "rounds", "images", "size", "amp")}
+        settings = {key: getattr(args, key) for key in ("by", "rounds", "images", "size")}
+        settings["amp"] = AMP.get(name, args.amp)
         results[name]["measured with"] = {**where, **settings}  # type: ignore[assignment]
         file.write_text(json.dumps(results, indent=2) + "\n")
 

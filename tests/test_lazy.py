@@ -102,7 +102,7 @@ def test_what_the_lazy_trainer_would_leave_out_is_refused(
 ) -> None:
     monkeypatch.setenv("DETECTRON2_DATASETS", str(openmoji))
     overrides = ["XLEARNER.STEPS=alternating", "XLEARNER.WEIGHTING.METHOD=dwa", "XLEARNER.EXTEND=old.pth"]
-    overrides += ["XLEARNER.AMP_PRECISION=bfloat16"]
+    overrides += ["XLEARNER.AMP_PRECISION=bfloat16", "TEST.EVAL_PERIOD=500"]
     cfg = LazyConfig.apply_overrides(lazily(tmp_path), [f"settings.{text}" for text in overrides])
     with pytest.raises(ConfigError) as caught:
         instantiate(cfg.model)
@@ -112,17 +112,21 @@ def test_what_the_lazy_trainer_would_leave_out_is_refused(
         "XLEARNER.STEPS " + said.format("alternating", "joint"),
         "XLEARNER.AMP_PRECISION " + said.format("bfloat16", "float16"),
         "XLEARNER.WEIGHTING.METHOD " + said.format("dwa", "fixed"),
+        "TEST.EVAL_PERIOD " + said.format(500, 0),
     ]
 
 
-@pytest.mark.parametrize("norm", ["BN", "FrozenBN"])
-def test_a_lazy_model_of_the_zoo_takes_the_student(tmp_path: Path, norm: str) -> None:
+@pytest.mark.parametrize(("norm", "depth"), [("BN", 50), ("FrozenBN", 50), ("BN", 18)])
+def test_a_lazy_model_of_the_zoo_takes_the_student(tmp_path: Path, norm: str, depth: int) -> None:
     """As docs/LAZY.md shows it: all of its ResNet comes from the file, and its features are the student's."""
-    cfg = student_cfg(50)
+    cfg = student_cfg(depth)
     student = make_student(cfg)
     export_student(student, cfg, tmp_path / "student_d2.pth")
     model = model_zoo.get_config("common/models/mask_rcnn_fpn.py").model
     model.backbone.bottom_up.stem.norm = model.backbone.bottom_up.stages.norm = norm
+    if depth == 18:
+        model.backbone.bottom_up.stages.depth = 18
+        del model.backbone.bottom_up.stages.stride_in_1x1
     built = instantiate(model).eval()
     found = DetectionCheckpointer(built).load(str(tmp_path / "student_d2.pth"))
     assert found  # what else the file holds, beside the weights

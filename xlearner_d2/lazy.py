@@ -51,7 +51,9 @@ _ENGINE_ALONE = (
     "XLEARNER.AMP_PRECISION",
     "XLEARNER.WEIGHTING.METHOD",
     "XLEARNER.SQUEEZE.ONLINE",
+    "XLEARNER.WANDB",
     "SOLVER.REFERENCE_WORLD_SIZE",
+    "TEST.EVAL_PERIOD",
 )
 OmegaConf.register_new_resolver("usable", usable, replace=True)
 # The trainer with mixed precision is for GPUs; on a CPU the model sets its own.

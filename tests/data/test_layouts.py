@@ -191,6 +191,15 @@ def test_voc_with_images_beside_their_annotations(tmp_path: Path, caplog: pytest
     assert f"1 of 3 images in {tmp_path}/voc have no XML file beside them and are left out: c" in caplog.text
 
 
+def test_voc_counted_from_0_is_told_of(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    write_voc(tmp_path)
+    read(VOC_SPEC, tmp_path)
+    assert not caplog.text
+    write_xml(tmp_path, "b", OBJECT.format("dog", 0, 2, 11, 7))
+    read(VOC_SPEC, tmp_path)
+    assert "1 of 3 boxes begin before pixel 1, which is VOC's first. If the files count from 0" in caplog.text
+
+
 def test_voc_with_a_folder_for_each_split(tmp_path: Path) -> None:
     write_flat(tmp_path)
     shutil.move(tmp_path / "voc", tmp_path / "train")

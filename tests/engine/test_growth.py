@@ -127,6 +127,10 @@ def test_new_branches_start_as_asked(small, larger):
         (["XLEARNER.EXTEND_INIT", "detecton"], r"EXTEND_INIT is 'detecton', no task of .* and no file"),
         (["MODEL.WEIGHTS", __file__], r"MODEL\.WEIGHTS and XLEARNER\.EXTEND cannot both be set"),
         (["XLEARNER.SOURCES.pics.TRAIN", []], r"SOURCES\.pics\.TRAIN is empty, but at least one data set is needed"),
+        (
+            [*FREEZE, "XLEARNER.SOURCES.pics", "null"],
+            r"FREEZE names 'classification', all of whose sources are dropped",
+        ),
         ([*FREEZE, "XLEARNER.SOURCES.boxes", "null"], r"FREEZE leaves nothing to train"),
         (
             ["XLEARNER.EXTEND", "", "XLEARNER.FREEZE", "[detection]"],

@@ -89,6 +89,21 @@ def test_a_task_of_another_network_grows(project: Project, tmp_path: Path) -> No
     assert "Branch segmentation starts at random, as branch detection is another network." in text
 
 
+def test_a_frozen_network_of_timm_goes_on_unfrozen(project: Project, tmp_path: Path) -> None:
+    """Its frozen norms have no counters, and the trained ones that take their place have."""
+    opts = [GLOBAL, "test_resnet", "XLEARNER.STAGE", "expand", "SOLVER.MAX_ITER", 1]
+    project.run(*opts, "MODEL.BACKBONE.FREEZE_AT", 2)
+    file = project.root / "out/expanded.pth"
+    counters = [name for name in weights(file) if name.endswith("num_batches_tracked")]
+    for freeze_at in (0, 2, 5):
+        at = ["MODEL.BACKBONE.FREEZE_AT", freeze_at]
+        project.run(*opts, *at, eval_only=True)
+        project.run(*opts, *at, "MODEL.WEIGHTS", file, "OUTPUT_DIR", tmp_path / f"again{freeze_at}")
+        project.run(*opts, *at, "XLEARNER.EXTEND", file, "OUTPUT_DIR", tmp_path / f"grown{freeze_at}")
+    assert counters
+    assert len([name for name in weights(tmp_path / "grown0/expanded.pth") if name.endswith("tracked")]) > len(counters)
+
+
 def test_random_overrides_the_file_of_all_branches(project: Project, tmp_path: Path) -> None:
     file = hub_file(tmp_path / "convnext.safetensors", CONVNEXT)
     opts = [GLOBAL, CONVNEXT, "MODEL.WEIGHTS", file, of_task("detection", "WEIGHTS"), "random"]
@@ -188,6 +203,10 @@ REFUSED: dict[str, tuple[list[Any], str]] = {
     "head with a res5 of its own": (
         [GLOBAL, CONVNEXT, "XLEARNER.SOURCES.boxes.CONFIG", "COCO-Detection/faster_rcnn_R_50_C4_1x.yaml"],
         r"SOURCES\.boxes .* has res5 of a ResNet in its head .* XLEARNER\.BRANCHES\.<task>\.DEPTH",
+    ),
+    "head with a res5 of its own, on the student": (
+        [STUDENT, CONVNEXT, "XLEARNER.SOURCES.boxes.CONFIG", "COCO-Detection/faster_rcnn_R_50_C4_1x.yaml"],
+        r"The student's head: XLEARNER\.SOURCES\.boxes .* has res5 of a ResNet in its head",
     ),
     "dilated head on a network without dilations": (
         [GLOBAL, "pvt_v2_b0", "XLEARNER.SOURCES.boxes.CONFIG", "COCO-Detection/faster_rcnn_R_50_DC5_1x.yaml"],

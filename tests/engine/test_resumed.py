@@ -81,6 +81,18 @@ def test_the_optimiser_of_a_squeeze_that_has_begun_stays(project: Project) -> No
     (project.root / "out/squeeze").rmdir()
 
 
+def test_an_expansion_that_has_begun_keeps_its_student_or_has_none(project: Project, tmp_path: Path) -> None:
+    cfg = project.load("OUTPUT_DIR", tmp_path)
+    keep_config(cfg)
+    (tmp_path / "expand").mkdir()
+    other = plan_of(project, "OUTPUT_DIR", tmp_path, "XLEARNER.SQUEEZE.ONLINE", True)
+    with pytest.raises(ConfigError, match=r"SQUEEZE\.ONLINE is True, but the run in .* has False\. Set it so"):
+        check_output(other, resume=True)
+    check_output(plan_of(project, "OUTPUT_DIR", tmp_path), resume=True)
+    shutil.copyfile(project.root / "out/expanded.pth", tmp_path / "expanded.pth")
+    check_output(other, resume=True)  # it is done
+
+
 def test_a_student_of_another_teacher_is_not_taken_for_done(project: Project, tmp_path: Path) -> None:
     (project.root / "out/squeeze").mkdir()
     shutil.copyfile(project.root / "out/expanded.pth", tmp_path / "other.pth")

@@ -186,6 +186,13 @@ def test_an_expanded_model_is_used_as_it_was_trained(finished, key):
     assert not other.exists()
 
 
+def test_an_expanded_model_of_another_res5_is_not_evaluated(finished):
+    """Names and shapes are those of the stride that it was trained with."""
+    opts = [*finished.content["XLEARNER"]["SOURCES"]["pics"]["OPTS"], "MODEL.RESNETS.RES5_DILATION", 2]
+    with pytest.raises(ConfigError, match=r"'classification' want stride 16 of res5, but in the expanded .* it has 32"):
+        finished.run("XLEARNER.SOURCES.pics.OPTS", opts, "XLEARNER.SQUEEZE.TASK_LOSSES", False, eval_only=True)
+
+
 def test_an_expanded_model_of_other_tasks_is_no_teacher(finished):
     """Told before the expansion, after which it would be loaded."""
     opts = ["XLEARNER.SQUEEZE.TEACHER", finished.root / "out/expanded.pth", "OUTPUT_DIR", finished.root / "other"]

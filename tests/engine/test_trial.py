@@ -1,6 +1,7 @@
 """Before several workers start: parameters for whose gradients they would wait in vain."""
 
 import argparse
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -34,6 +35,20 @@ def test_parameters_without_gradient_are_refused_where_workers_wait_for_them(pla
         expected_memory(plan, model)
     model.heads["pics"].idle.requires_grad_(False)
     assert all(size > 0 for size in expected_memory(plan, model).values())
+
+
+def test_a_squeeze_alone_waits_for_the_heads_that_it_trains(project, monkeypatch):
+    monkeypatch.setenv("DETECTRON2_DATASETS", str(project.root / "data"))
+    for learns in (True, False):
+        plan = make_plan(
+            project.load("XLEARNER.STAGE", "squeeze", "XLEARNER.SQUEEZE.TASK_LOSSES", learns), world_size=2
+        )
+        model = build_model(plan.cfg)
+        model.backbone.register_parameter("idle", torch.nn.Parameter(torch.zeros(3)))  # of the teacher alone
+        expected_memory(plan, model)
+        model.heads["pics"].register_parameter("idle", torch.nn.Parameter(torch.zeros(3)))
+        with pytest.raises(ConfigError, match=r"heads.pics.idle and") if learns else nullcontext():
+            expected_memory(plan, model)
 
 
 @pytest.mark.parametrize("sharing", ["separate", "shared", "bidirectional"])

@@ -289,6 +289,12 @@ def test_data_that_a_head_cannot_learn_from_or_be_tested_on_is_found_before_any_
     assert second.startswith("TRANSFER.SETS.masks.TRAIN ['s_few_masks']: 1 of 8 objects have no mask")
 
 
+def test_a_cell_has_no_sampler_but_the_usual_one(shared: TinySuite) -> None:
+    suite = shared.parse("TRANSFER.PROTOCOLS.dense.OPTS", "[DATALOADER.SAMPLER_TRAIN, RepeatFactorTrainingSampler]")
+    with pytest.raises(ConfigError, match=r"dense\.CONFIG: DATALOADER\.SAMPLER_TRAIN is 'RepeatFactor.*', but a cell"):
+        check_heads(suite)
+
+
 def test_odd_overrides_of_a_suite(shared: TinySuite) -> None:
     with pytest.raises(ConfigError, match="should be pairs of key and value"):
         check_suite(str(shared.file), ["TRANSFER.NAME"])

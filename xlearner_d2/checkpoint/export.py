@@ -25,6 +25,16 @@ def _plain(node: CfgNode) -> dict[str, Any]:
     return {key: list(value) if isinstance(value, list | tuple) else value for key, value in node.items()}
 
 
+def describe_student(cfg: CfgNode, training: Mapping[str, Any] | None) -> dict[str, Any]:
+    """What a student's file says of itself, in plain values: its network, its input, and how it was made."""
+    return {
+        "resnets": _plain(cfg.MODEL.RESNETS),
+        "timm": str(cfg.MODEL.BACKBONE.get("TIMM", "")),
+        "input": input_convention(cfg),
+        "training": dict(training or {}),
+    }
+
+
 def export_student(
     student: nn.Module, cfg: CfgNode, path: str | Path, *, training: Mapping[str, Any] | None = None
 ) -> None:
@@ -42,13 +52,8 @@ def export_student(
         for name, value in student.state_dict().items()
         if not name.endswith("num_batches_tracked")
     }
-    description = {
-        "resnets": _plain(cfg.MODEL.RESNETS),
-        "timm": str(cfg.MODEL.BACKBONE.get("TIMM", "")),
-        "input": input_convention(cfg),
-        "training": dict(training or {}),
-    }
-    data = {"model": state, "__author__": "xlearner_d2", "matching_heuristics": True, "xlearner": description}
+    data = {"model": state, "__author__": "xlearner_d2", "matching_heuristics": True}
+    data["xlearner"] = describe_student(cfg, training)
     save_atomically(data, path)
 
 

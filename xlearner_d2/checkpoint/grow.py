@@ -8,6 +8,7 @@ from pathlib import Path
 from torch import Tensor, nn
 
 from ..specs import ConfigError
+from .load import is_counter
 
 #: What a tensor's name says about its part of the model, and how that part is called in messages.
 _PARTS = (
@@ -84,9 +85,11 @@ def load_grown(
     problems = [f"has {summary(sorted(theirs - ours))}, which the config has not."] if theirs - ours else []
     common = ours & theirs
     for name in own:
-        if part_of(name) in common and name not in state:
+        if part_of(name) in common and name not in state and not is_counter(name):
             problems.append(f"lacks {name}.")
     for name, value in state.items():
+        if part_of(name) in common and name not in own and is_counter(name):
+            continue  # of a norm layer that was not frozen there
         if part_of(name) in common and name not in own:
             problems.append(f"has {name}, which the config's {part_of(name)} has not.")
         elif name in own and own[name].shape != value.shape:

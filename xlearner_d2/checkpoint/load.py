@@ -2,6 +2,7 @@
 
 import collections
 import io
+import json
 import logging
 import pickle
 import re
@@ -12,7 +13,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from safetensors.torch import load_file
+from safetensors import safe_open
 from timm.layers import ScaledStdConv2d, ScaledStdConv2dSame, StdConv2d, StdConv2dSame
 from torch import Tensor, nn
 
@@ -84,10 +85,18 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
 
 def _read(path: Path) -> Any:
     if path.suffix == ".safetensors":
-        return load_file(path)
+        return _read_safetensors(path)
     if path.suffix == ".pkl":
         return _ArrayUnpickler(io.BytesIO(path.read_bytes()), encoding="latin1").load()
     return torch.load(path, map_location="cpu", weights_only=True)
+
+
+def _read_safetensors(path: Path) -> dict[str, Any]:
+    """The tensors and, of a student, what the file says of itself."""
+    with safe_open(path, framework="pt") as file:
+        weights = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        said = (file.metadata() or {}).get("xlearner")
+    return {"model": weights, **({"xlearner": json.loads(said)} if said else {})}
 
 
 def _reason(error: Exception) -> str:
@@ -139,6 +148,18 @@ class LoadReport:
             if names:
                 parts.append(f"{len(names)} {word} ({', '.join(names[:3])}{', …' if len(names) > 3 else ''})")
         return ", ".join(parts)
+
+
+def is_counter(name: str) -> bool:
+    """Whether a tensor counts the batches of a norm layer, which no result depends on."""
+    return name.endswith("num_batches_tracked")
+
+
+def with_own_counters(module: nn.Module, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """A file's weights with the counters of norm layers that ``module`` has: timm's frozen layers have none."""
+    own = module.state_dict()
+    kept = {name: value for name, value in state.items() if name in own or not is_counter(name)}
+    return kept | {name: value for name, value in own.items() if name not in kept and is_counter(name)}
 
 
 def load_strictly(module: nn.Module, state: Mapping[str, Tensor], *, path: str | Path) -> LoadReport:

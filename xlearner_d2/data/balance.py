@@ -125,9 +125,12 @@ def _repeat_factors(classes: Sequence[set[int]], head: CfgNode, where: str) -> A
 
 def _orientations(records: Sequence[Record]) -> list[int]:
     """0 for each landscape image, 1 for each other one; empty when the records do not give the size of their images."""
-    if not all("width" in record and "height" in record for record in records):
-        return []
-    return [int(record["width"] <= record["height"]) for record in records]
+    kinds = []
+    for record in records:
+        if "width" not in record or "height" not in record:
+            return []
+        kinds.append(int(record["width"] <= record["height"]))
+    return kinds
 
 
 def _crops_squares(head: CfgNode) -> bool:

@@ -8,7 +8,15 @@ import torch
 from detectron2.config import CfgNode
 from torch import Tensor
 
-from ..checkpoint.load import LoadReport, check_resnet, load_res5, load_resnet, load_strictly, read_checkpoint
+from ..checkpoint.load import (
+    LoadReport,
+    check_resnet,
+    load_res5,
+    load_resnet,
+    load_strictly,
+    read_checkpoint,
+    with_own_counters,
+)
 from ..checkpoint.pixels import PixelConvention
 from ..checkpoint.stored import CONVENTION_KEYS, check_convention, differing_settings, stored_config
 from ..modeling import XLearner
@@ -35,6 +43,13 @@ def student_config(cfg: CfgNode, tasks: Sequence[TaskSpec]) -> CfgNode:
     cfg.MODEL.RESNETS.OUT_FEATURES = list(STAGES)
     cfg.MODEL.RESNETS.RES5_DILATION = max(task.res5_dilation for task in tasks)
     cfg.MODEL.BACKBONE.FREEZE_AT = 0
+    return cfg
+
+
+def learner_config(cfg: CfgNode, tasks: Sequence[TaskSpec]) -> CfgNode:
+    """The project's config with a head for each source on the student, as one trunk."""
+    cfg = student_config(cfg, tasks)
+    cfg.XLEARNER.SHARING = "shared"
     return cfg
 
 
@@ -176,7 +191,7 @@ def _check_student(
     if start not in names and not _is_start(start):
         return [f"XLEARNER.SQUEEZE.INIT is {start!r}, no task and no file.{nearest(start, [*names, RANDOM])}"]
     student = _on_meta(student_config(cfg, tasks))
-    problems = _check_hints(cfg, student, givers) if givers and _squeezes(cfg) else []
+    problems = _check_hints(cfg, student, givers) if givers and squeezes(cfg) else []
     if start not in names:
         return [*problems, *_misfit(student, "XLEARNER.SQUEEZE.INIT", start)]
     branch = branches[start] if start in branches else next(iter(branches.values()))
@@ -190,7 +205,8 @@ def _check_student(
     ]
 
 
-def _squeezes(cfg: CfgNode) -> bool:
+def squeezes(cfg: CfgNode) -> bool:
+    """Whether a run has a student."""
     return cfg.XLEARNER.STAGE != "expand" or bool(cfg.XLEARNER.SQUEEZE.ONLINE)
 
 
@@ -226,7 +242,7 @@ def _check_hints(cfg: CfgNode, student: Branch, givers: Mapping[str, Branch]) ->
 def _two_res5(cfg: CfgNode, tasks: Sequence[TaskSpec]) -> str:
     """Branches may differ in the stride of res5; heads that share a trunk cannot, as all of the student's do."""
     shared = cfg.XLEARNER.SHARING == "shared"
-    squeezed = cfg.XLEARNER.SQUEEZE.TASK_LOSSES and _squeezes(cfg)
+    squeezed = cfg.XLEARNER.SQUEEZE.TASK_LOSSES and squeezes(cfg)
     strides = {task.name: 32 // task.res5_dilation for task in tasks if STAGES[-1] in task.out_features}
     if len(set(strides.values())) < 2 or not (shared or squeezed):
         return ""
@@ -258,7 +274,7 @@ def load_expanded(model: XLearner, cfg: CfgNode, path: Path) -> LoadReport:
     """
     checkpoint = read_checkpoint(path)
     check_convention(cfg, checkpoint, path)
-    return load_strictly(model, checkpoint["model"], path=path)
+    return load_strictly(model, with_own_counters(model, checkpoint["model"]), path=path)
 
 
 def initialise_branches(model: XLearner, cfg: CfgNode, specs: Sequence[BranchSpec]) -> None:
@@ -278,7 +294,8 @@ def initialise_branches(model: XLearner, cfg: CfgNode, specs: Sequence[BranchSpe
         checkpoint = read_checkpoint(weights)
         for problem in differing_settings(cfg, stored_config(checkpoint), CONVENTION_KEYS, f"MODEL.WEIGHTS {weights}"):
             logger.warning(f"{problem} Features differ until trained.")
-        report = load_strictly(model, _from_trunk(model, checkpoint["model"]), path=weights)
+        state = with_own_counters(model, _from_trunk(model, checkpoint["model"]))
+        report = load_strictly(model, state, path=weights)
         logger.info(f"Starting from the expanded model {weights}: {report}.")
     for name, state in fresh.items():
         model.backbone.branches[name].load_state_dict(state)

@@ -10,6 +10,7 @@ from torch import nn
 
 from ..modeling import XLearner
 from ..modeling.branches import branch_config, network_name
+from ..modeling.xlearner import autocast_dtype
 from ..specs import SourceSpec, TaskSpec
 from .growth import grow
 from .plan import EXPANDED_FILE, STUDENT_FILE, Drawn, Plan
@@ -81,7 +82,7 @@ def _scaling(plan: Plan) -> list[str]:
 def _devices(plan: Plan) -> str:
     workers, cfg = plan.world_size, plan.cfg
     kind = "GPU" if cfg.MODEL.DEVICE.startswith("cuda") else "CPU process"
-    precision = "mixed precision" if cfg.SOLVER.AMP.ENABLED else "float32"
+    precision = "float32" if autocast_dtype(cfg) is None else "mixed precision"
     return f"{workers} {kind}{'' if workers == 1 else 's' if kind == 'GPU' else 'es'} in {precision}"
 
 

@@ -68,6 +68,9 @@ def read_growth(cfg: CfgNode) -> Growth | None:
     for task in freeze:
         if task not in names:
             problems.append(f"XLEARNER.FREEZE names {task!r}, which is no task of {path}.{nearest(task, names)}")
+        elif task not in {record.get("TASK") for record in cfg.XLEARNER.SOURCES.values() if record is not None}:
+            wish = "leave it out of FREEZE, or keep one of them"
+            problems.append(f"XLEARNER.FREEZE names {task!r}, all of whose sources are dropped: {wish}.")
     if freeze and cfg.XLEARNER.SHARING == "shared":
         problems.append("XLEARNER.FREEZE freezes branches, but with XLEARNER.SHARING 'shared' there is one trunk.")
     if problems:

@@ -17,12 +17,12 @@ from ..extensions import import_modules
 from ..modeling.branches import BranchSpec
 from ..modeling.heads import derive_tasks, head_config
 from ..specs import ConfigError, ProbeSpec, SourceSpec, TaskSpec, parse_records, parse_sources
-from .branches import check_branches, check_networks
+from .branches import check_branches, check_networks, learner_config, squeezes
 from .class_names import check_class_names, stored_class_names
 from .drawn import Drawn, balance, check_weighting
 from .growth import Growth, check_growth, read_growth, with_stored_classes
 from .plan_checks import check_head, check_settings, check_tests, check_training
-from .resumed import changed_settings, check_squeeze_unchanged, check_unchanged
+from .resumed import changed_settings, check_expansion_unchanged, check_squeeze_unchanged, check_unchanged
 from .scaling import check_norm, scale_to_workers
 from .squeeze_settings import check_task_weights, hint_factors, squeeze_batches
 
@@ -104,6 +104,8 @@ def check_output(plan: Plan, *, resume: bool) -> None:
         problems += check_squeeze_unchanged(plan.cfg)
     given = "squeeze" in plan.stages and squeeze.TEACHER
     trained = resume and expanded_file(plan.cfg).is_file()
+    if resume and not trained and plan.stage_dir("expand").is_dir():
+        problems += check_expansion_unchanged(plan.cfg)
     if plan.stages == ("squeeze",) or given or trained:
         with _collect(problems):
             check_expanded(plan)
@@ -147,7 +149,15 @@ def _other_tasks(plan: Plan, checkpoint: Mapping[str, Any], what: str) -> list[s
     own, other = (
         ", ".join(f"{name} ({', '.join(sources)})" for name, sources in sorted(of.items())) for of in (here, there)
     )
-    return [f"The tasks, and their sources, are {own}, but {what} has {other}."] if here != there else []
+    if here != there:
+        return [f"The tasks, and their sources, are {own}, but {what} has {other}."]
+    dilations = {task["name"]: task["res5_dilation"] for task in stored}
+    return [
+        f"The heads of task {task.name!r} want stride {32 // task.res5_dilation} of res5, but in {what} it has "
+        f"{32 // dilations[task.name]}: set MODEL.RESNETS.RES5_DILATION in the OPTS of its sources as there."
+        for task in plan.tasks
+        if dilations.get(task.name, task.res5_dilation) != task.res5_dilation
+    ]
 
 
 def expanded_file(cfg: CfgNode) -> Path:
@@ -172,13 +182,15 @@ def make_plan(cfg: CfgNode, *, world_size: int) -> Plan:
         "squeeze": balance(asked.cfg, [s for s in asked.sources if s.train], data, world_size),
     }
     _check_drawn(asked, drawn, heads, data, world_size)
+    tasks = _derive_tasks(asked, heads, {s.task for s in drawn[squeeze_batches(asked.cfg)].sources})
+    _check_student_heads(asked, tasks)
     return Plan(
         world_size=world_size,
         written_for=written_for,
         cfg=asked.cfg,
         sources=asked.sources,
         heads=heads,
-        tasks=_derive_tasks(asked, heads, {s.task for s in drawn[squeeze_batches(asked.cfg)].sources}),
+        tasks=tasks,
         data=data,
         probes=asked.probes,
         drawn=drawn,
@@ -277,3 +289,15 @@ def _derive_tasks(asked: _Settings, heads: Mapping[str, CfgNode], drawn: Collect
     problems += check_branches(asked.cfg, asked.branches, tasks, old=trained, hinting=hinting)
     _stop_at(problems)
     return tuple(tasks)
+
+
+def _check_student_heads(asked: _Settings, tasks: Sequence[TaskSpec]) -> None:
+    """Found now, as the student's heads are built after hours of expansion: they stand on its network, not a branch."""
+    if not (squeezes(asked.cfg) and asked.cfg.XLEARNER.SQUEEZE.TASK_LOSSES):
+        return
+    cfg = learner_config(asked.cfg, tasks)
+    problems: list[str] = []
+    for source in asked.sources:
+        with _collect(problems):
+            head_config(source, cfg)
+    _stop_at([f"The student's head: {problem}" for problem in problems])

@@ -52,6 +52,13 @@ def check_squeeze_unchanged(cfg: CfgNode) -> list[str]:
     return [] if before == now else [_stays(cfg, name, before, now)]
 
 
+def check_expansion_unchanged(cfg: CfgNode) -> list[str]:
+    """The same for an expansion that has begun: its checkpoints hold a student, or none."""
+    name = "XLEARNER.SQUEEZE.ONLINE"
+    changes = changed_settings(cfg)
+    return [_stays(cfg, name, *changes[name])] if name in changes else []
+
+
 def _stays(cfg: CfgNode, name: str, before: Any, now: Any) -> str:
     return f"{name} is {now!r}, but the run in {cfg.OUTPUT_DIR} has {before!r}. Set it so, or another OUTPUT_DIR."
 

@@ -12,7 +12,7 @@ from ..modeling import XLearner
 from ..modeling.branches import Branch, build_branch, compile_stages
 from ..modeling.distill import Distiller
 from ..modeling.expanded import STAGES, TRUNK
-from .branches import fits, student_config
+from .branches import fits, learner_config, student_config
 from .plan import Plan
 
 logger = logging.getLogger(__name__)
@@ -25,9 +25,7 @@ def build_learner(plan: Plan, teacher: XLearner, stage: str, *, scope: str = "")
         stage: whose batches it will learn from.
         scope: prefix of what its heads log.
     """
-    cfg = student_config(plan.cfg, plan.tasks)
-    cfg.XLEARNER.SHARING = "shared"
-    learner = build_model(cfg)
+    learner = build_model(learner_config(plan.cfg, plan.tasks))
     if learner.backbone.branch(TRUNK).stage_names != STAGES:  # as deep as the heads read
         learner.backbone.branches[TRUNK] = build_student(plan)
     learner.log_prefix = f"{scope}/" if scope else ""

@@ -46,8 +46,10 @@ def expected_memory(plan: Plan, model: XLearner) -> dict[str, float]:
         except Exception as error:  # whatever a third party's head raises
             problems.append(f"XLEARNER.SOURCES.{source.name}: a trial step with {source.config} failed: {error!r}")
     several = plan.world_size > 1 and not drawn.turns  # else they are looked for in every step
-    if not problems and several and plan.stages[0] == "expand":
-        problems = _check_gradients(model, learning)
+    if not problems and several:
+        heads = tuple(f"heads.{source.name}." for source in drawn.sources)  # of which the student has copies
+        expands, copied = plan.stages[0] == "expand", plan.cfg.XLEARNER.SQUEEZE.TASK_LOSSES
+        problems = _check_gradients(model, learning, "" if expands else heads) if expands or copied else []
     if problems:
         raise ConfigError(problems)
     together = max(kept.values()) if drawn.turns else sum(kept.values())
@@ -89,9 +91,14 @@ def _kept_by_branch(model: XLearner, kept: Mapping[str, float], received: Mappin
     return max(branches.values())
 
 
-def _check_gradients(model: XLearner, learning: set[Tensor]) -> list[str]:
-    """Several workers wait for one another's gradients, so that a parameter without one would end the second step."""
-    idle = [name for name, value in model.named_parameters() if value.requires_grad and value not in learning]
+def _check_gradients(model: XLearner, learning: set[Tensor], parts: str | tuple[str, ...]) -> list[str]:
+    """Several workers wait for one another's gradients, so that a parameter without one would end the second step.
+
+    Args:
+        parts: starts of the names of the parameters that learn.
+    """
+    trained = {name: value for name, value in model.named_parameters() if name.startswith(parts)}
+    idle = [name for name, value in trained.items() if value.requires_grad and value not in learning]
     by_part = {".".join(name.split(".")[:2]): name for name in idle}
     return [
         f"{part}: {name} and perhaps others get no gradient from any loss, which only one worker can train. "

@@ -1,6 +1,7 @@
 """The model card: what the weights were trained on, how, what they are worth, and how to use them."""
 
 import json
+import shlex
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -8,6 +9,7 @@ from typing import Any
 import yaml
 
 from ..checkpoint.files import write_atomically
+from ..checkpoint.stored import settings_of_its_own
 from .convention import Convention
 from .libraries import architecture
 from .student import Student
@@ -19,10 +21,10 @@ _CITATION = """@inproceedings{he2022xlearner,
   year={2022}
 }"""
 
-#: How each format is loaded; {path} and {name} are filled in.
+#: How each format is loaded; {path}, {name} and {network}, the settings that describe it, are filled in.
 _USAGE = {
-    "d2": ("bash", "python train_net.py --config-file ANY_DETECTRON2_CONFIG.yaml MODEL.WEIGHTS {path}"),
-    "d2-pkl": ("bash", "python train_net.py --config-file ANY_DETECTRON2_CONFIG.yaml MODEL.WEIGHTS {path}"),
+    "d2": ("bash", "python train_net.py --config-file ANY_DETECTRON2_CONFIG.yaml MODEL.WEIGHTS {path}{network}"),
+    "d2-pkl": ("bash", "python train_net.py --config-file ANY_DETECTRON2_CONFIG.yaml MODEL.WEIGHTS {path}{network}"),
     "torchvision": (
         "python",
         "import torch, torchvision\n\nmodel = torchvision.models.{name}()\nmodel.fc = torch.nn.Identity()\n"
@@ -57,7 +59,7 @@ def write_card(
         library: which reads it.
         difference: the largest that was found between the student's features and the library's.
     """
-    card = path / "README.md" if path.is_dir() else path.with_suffix(".md")
+    card = path / "README.md" if path.is_dir() else path.with_name(f"{path.name}.md")
     sections = [
         _front_matter(student, library),
         _summary(student),
@@ -70,6 +72,12 @@ def write_card(
     ]
     write_atomically("\n\n".join(section for section in sections if section) + "\n", card)
     return card
+
+
+def may_write_card(folder: Path) -> bool:
+    """Whether a folder has no README, or one of an earlier export."""
+    readme = folder / "README.md"
+    return not readme.is_file() or "- xlearner" in readme.read_text(encoding="utf-8", errors="replace")
 
 
 def _front_matter(student: Student, library: str) -> str:
@@ -100,8 +108,20 @@ def _listed(words: Sequence[str]) -> str:
 def _usage(student: Student, path: Path, to: str, convention: Convention) -> str:
     language, code = _USAGE[to]
     name = architecture(student).torchvision if to == "torchvision" else ""
-    filled = code.format(path=path.name if path.is_file() else path, name=name)
+    filled = code.format(path=path.name if path.is_file() else path, name=name, network=_network(student))
     return f"## Use\n\n```{language}\n{filled}\n```\n\n{_input(convention)}"
+
+
+def _network(student: Student) -> str:
+    """The settings with which a Detectron2 config has the student's network, behind others on a command line."""
+    if student.timm:
+        settings: dict[str, Any] = {
+            "MODEL.BACKBONE.NAME": "build_timm_fpn_backbone",
+            "MODEL.BACKBONE.TIMM": student.timm,
+        }
+    else:
+        settings = {"MODEL.RESNETS.DEPTH": student.depth, **settings_of_its_own(student.cfg)}
+    return "".join(f" {key} {shlex.quote(str(value))}" for key, value in settings.items())
 
 
 def _input(convention: Convention) -> str:
@@ -151,9 +171,12 @@ def _source_rows(results: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> list
 
 def _metrics(path: Path) -> str:
     """What the run has measured, from the metrics.json beside the weights."""
-    if not path.is_file():
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):  # none, or that of Detectron2, a record on each line
         return ""
-    found = json.loads(path.read_text(encoding="utf-8"))
+    if not isinstance(found, dict):
+        return ""
     own, rows = (_source_rows(found.get(name, {})) for name in ("squeezed", "expanded"))
     probes = [
         f"| {name} | linear probe, top-1 | {values['student']:.1f} |"

@@ -9,7 +9,7 @@ from detectron2.modeling import build_backbone
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from ..checkpoint.export import export_student
+from ..checkpoint.export import describe_student, export_student
 from ..checkpoint.files import replacing
 from ..modeling.expanded import STAGES
 from .convention import Convention, own_convention
@@ -26,6 +26,7 @@ def write_d2_pkl(student: Student, path: Path) -> Convention:
     """A ``.pkl`` file of numpy arrays, as in Detectron2's model zoo."""
     arrays = {name: value.numpy() for name, value in _state(student).items()}
     content = {"model": arrays, "__author__": "xlearner_d2", "matching_heuristics": True}
+    content["xlearner"] = describe_student(student.cfg, student.training)
     with replacing(path) as part, part.open("wb") as file:
         pickle.dump(content, file)
     return own_convention(student)
@@ -53,10 +54,10 @@ def _backbone(student: Student) -> nn.Module:
 
 
 def write_safetensors(student: Student, path: Path) -> Convention:
-    """Detectron2's names; the network and the input convention are in the file's metadata, as JSON."""
+    """Detectron2's names; the network, its input and how it was made are in the file's metadata, as JSON."""
     convention = own_convention(student)
     metadata = {"format": "pt", "convention": json.dumps(convention.as_dict())}
-    metadata |= {"resnets": json.dumps(dict(student.cfg.MODEL.RESNETS)), "timm": student.timm}
+    metadata["xlearner"] = json.dumps(describe_student(student.cfg, student.training))
     with replacing(path) as part:
         save_file(_state(student), part, metadata=metadata)
     return convention

@@ -82,7 +82,7 @@ def _config(description: Mapping[str, Any]) -> CfgNode:
     cfg.MODEL.DEVICE, cfg.MODEL.BACKBONE.FREEZE_AT = "cpu", 0
     for key, value in description["resnets"].items():
         cfg.MODEL.RESNETS[key] = value
-    if cfg.MODEL.RESNETS.NORM == "SyncBN":  # the same map in inference, and it runs on a CPU
+    if "SyncBN" in cfg.MODEL.RESNETS.NORM:  # of three kinds; the same map in inference, and it runs on a CPU
         cfg.MODEL.RESNETS.NORM = "BN"
     cfg.MODEL.BACKBONE.TIMM = description.get("timm", "")  # files of before have none
     cfg.INPUT.FORMAT = description["input"]["format"]

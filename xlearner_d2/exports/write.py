@@ -1,6 +1,6 @@
 """Export a student to a format, and compare what the library there makes of it with the student."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from ..specs import ConfigError, nearest
 from . import detectron, graphs, libraries
-from .card import write_card
+from .card import may_write_card, write_card
 from .convention import Convention, feed
 from .student import Student, load_student
 
@@ -25,12 +25,14 @@ class Format:
     Attributes:
         ending: of the file's name; empty for a folder.
         library: whose own code reads it in the comparison.
+        sizes: heights and widths of the images of the comparison.
     """
 
     ending: str
     library: str
     write: Callable[[Student, Path], Convention]
     read: Callable[[Student, Path], nn.Module]
+    sizes: Sequence[tuple[int, int]] = ((160, 128), (150, 117))
 
 
 FORMATS = {
@@ -39,7 +41,10 @@ FORMATS = {
     "torchvision": Format(
         ending=".pth", library="torchvision", write=libraries.write_torchvision, read=libraries.read_torchvision
     ),
-    "timm": Format(ending="", library="timm", write=libraries.write_timm, read=libraries.read_timm),
+    # Of sides that 32 does not divide, timm's own networks may round down where the student rounds up.
+    "timm": Format(
+        ending="", library="timm", write=libraries.write_timm, read=libraries.read_timm, sizes=((160, 128),)
+    ),
     "safetensors": Format(
         ending=".safetensors", library="detectron2", write=detectron.write_safetensors, read=detectron.read_safetensors
     ),
@@ -87,7 +92,7 @@ def export(weights: str | Path, *, to: str, output: str | Path = "") -> Exported
     with TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.") as folder:
         part = Path(folder) / path.name
         convention = chosen.write(student, part)
-        difference = compare(student, chosen.read(student, part), convention)
+        difference = compare(student, chosen.read(student, part), convention, chosen.sizes)
         if not difference <= TOLERANCE:
             what = f"features in {chosen.library} differ by {difference:.1e}, but at most {TOLERANCE} is expected"
             raise ConfigError([f"{path}: {what}. Please report this."], what="The export")
@@ -114,25 +119,34 @@ def _check_path(path: Path, weights: Path, chosen: Format) -> None:
         problems.append(f"--output is {path}, but a name that ends in {chosen.ending} is expected.")
     if not chosen.ending and path.is_file():
         problems.append(f"--output is {path}, a file, but the name of a folder is expected.")
+    if not chosen.ending and not may_write_card(path):
+        problems.append(f"--output is {path}, whose README.md is not that of an export: name another folder.")
     if problems:
         raise ConfigError(problems, what="The command")
 
 
 def _default_path(weights: Path, to: str, chosen: Format) -> Path:
     stem = weights.stem.removesuffix("_d2")
-    return weights.with_name(f"{stem}_{to.replace('-', '_')}{chosen.ending}")
+    path = weights.with_name(f"{stem}_{to.replace('-', '_')}{chosen.ending}")
+    return path if path != weights else weights.with_name(f"{stem}_d2_copy{chosen.ending}")
 
 
 @torch.no_grad()
-def compare(student: Student, model: nn.Module, convention: Convention) -> float:
+def compare(student: Student, model: nn.Module, convention: Convention, sizes: Sequence[tuple[int, int]]) -> float:
     """The largest difference between a model's features and the student's, over all stages, in float32.
 
-    Of features beyond 1, the difference is relative to the largest of a stage. Images are noise and smooth shapes, of a
-    size that no graph was recorded with.
+    Of features beyond 1, the difference is relative to the largest of a stage. Images are noise and smooth shapes, of
+    sizes that no graph was recorded with.
+
+    Args:
+        sizes: heights and widths of the images.
     """
-    images = _images()
-    own, found = student.features(images), model(feed(images, convention))
-    return max(_difference(own[stage], found[stage]) for stage in own)
+    found = 0.0
+    for size in sizes:
+        images = _images(size)
+        own, others = student.features(images), model(feed(images, convention))
+        found = max(found, *(_difference(own[stage], others[stage]) for stage in own))
+    return found
 
 
 def _difference(own: Tensor, found: Tensor) -> float:
@@ -140,8 +154,8 @@ def _difference(own: Tensor, found: Tensor) -> float:
     return float((own - found).abs().max()) / scale
 
 
-def _images() -> Tensor:
+def _images(size: tuple[int, int]) -> Tensor:
     generator = torch.Generator().manual_seed(1)
     coarse = torch.rand(1, 3, 5, 4, generator=generator)
-    smooth = torch.nn.functional.interpolate(coarse, size=(160, 128), mode="bicubic").clamp(0, 1)
-    return torch.cat([smooth, torch.rand(2, 3, 160, 128, generator=generator)]) * 255
+    smooth = torch.nn.functional.interpolate(coarse, size=size, mode="bicubic").clamp(0, 1)
+    return torch.cat([smooth, torch.rand(2, 3, *size, generator=generator)]) * 255

@@ -15,7 +15,7 @@ from detectron2.layers import FrozenBatchNorm2d, ShapeSpec
 from detectron2.modeling import BACKBONE_REGISTRY, FPN, Backbone
 from torch import Tensor
 
-from ..checkpoint.load import load_strictly, read_checkpoint
+from ..checkpoint.load import load_strictly, read_checkpoint, with_own_counters
 from ..checkpoint.stored import PIXEL_KEYS, check_convention, stored_config
 from ..settings import add_xlearner_config
 from ..specs import ConfigError, TaskSpec, nearest
@@ -101,9 +101,7 @@ def load_expanded_backbone(path: str, *, used_by: CfgNode | None = None) -> Expa
     backbone = build_expanded_backbone(cfg, tasks)
     prefix = "backbone."
     state = {name.removeprefix(prefix): v for name, v in checkpoint["model"].items() if name.startswith(prefix)}
-    # Norm layers that were frozen in training have no such counters.
-    counters = {name: v for name, v in backbone.state_dict().items() if name.endswith("num_batches_tracked")}
-    load_strictly(backbone, {**counters, **state}, path=path)
+    load_strictly(backbone, with_own_counters(backbone, state), path=path)
     return backbone
 
 

@@ -49,7 +49,10 @@ class _Part(nn.Sequential):
     def forward(self, input: Tensor) -> Tensor:
         """(N, C, H, W) -> (N, C', ceil(H / stride), ceil(W / stride))."""
         below, right = (-input.shape[2] % self.stride, -input.shape[3] % self.stride)
-        return super().forward(F.pad(input, (0, right, 0, below)) if below or right else input)
+        # A graph that is recorded at one size keeps what was decided there, so it pads always, if by nothing.
+        if torch.jit.is_tracing() or torch.compiler.is_exporting() or below or right:
+            input = F.pad(input, (0, right, 0, below))
+        return super().forward(input)
 
 
 class TimmBackbone(Backbone):

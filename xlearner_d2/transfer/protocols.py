@@ -154,12 +154,21 @@ def check_heads(suite: Suite) -> None:
                     cfg = fine_tune_config(suite, spec, protocol)
                     check_evaluation(spec.test, cfg)
                     _data(_as_source(spec, protocol), cfg)
+                    problems += _check_sampler(protocol, cfg)
                 except ConfigError as error:
                     problems += error.problems
                 except ValueError as error:
                     problems.append(f"TRANSFER.SETS.{spec.name}.TEST: {error}")
     if problems:
         raise ConfigError(problems, what="The suite")
+
+
+def _check_sampler(protocol: ProtocolSpec, cfg: CfgNode) -> list[str]:
+    sampler = cfg.DATALOADER.SAMPLER_TRAIN
+    if sampler == "TrainingSampler":
+        return []
+    wish = "but a cell draws all images equally often: set it to TrainingSampler in OPTS"
+    return [f"TRANSFER.PROTOCOLS.{protocol.name}.CONFIG: DATALOADER.SAMPLER_TRAIN is {sampler!r}, {wish}."]
 
 
 def _as_source(spec: SetSpec, protocol: ProtocolSpec) -> SourceSpec:

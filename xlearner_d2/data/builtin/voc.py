@@ -219,10 +219,9 @@ def _warn_counted_from_0(spec: DatasetSpec, records: Records) -> None:
     corners = [it["bbox"][:2] for record in records for it in record["annotations"]]
     early = sum(min(corner) < 0 for corner in corners)
     if early:
-        text = "%s: %d of %d boxes begin before pixel 1, which is VOC's first. If the files count from 0, all boxes are"
-        logger.warning(
-            f"{text} one pixel too far to the left and to the top: add 1.", subject(spec), early, len(corners)
-        )
+        text = "%s: %d of %d boxes begin before pixel 1, which is VOC's first. %s"
+        shift = "If the files count from 0, all boxes are one pixel too far left and up: add 1 to all corners."
+        logger.warning(text, subject(spec), early, len(corners), shift)
 
 
 def _warn_unlabelled(spec: DatasetSpec, names: Sequence[str], num_images: int, folder: Path) -> None:
