@@ -15,6 +15,7 @@ from detectron2.utils.events import EventStorage
 from models import HEADS, THREE_TASKS, Batch, make_batch, make_config, make_model
 from timing import Run, in_turn, peak_bytes, ratio
 from torch import Tensor
+from torch.nn.functional import interpolate
 
 from xlearner_d2 import XLearner
 from xlearner_d2.engine.optimizer import AdamW, make_optimizer
@@ -23,6 +24,7 @@ from xlearner_d2.engine.trainer import StepSeed, build_step_trainer
 from xlearner_d2.modeling.distill import Distiller, matched_stages
 from xlearner_d2.modeling.expanded import build_branch
 from xlearner_d2.modeling.heads import head_config
+from xlearner_d2.modeling.linear_head import upsample
 from xlearner_d2.modeling.small_maps import multiply_small_maps
 from xlearner_d2.modeling.xlearner import autocast_dtype, cpu_autocast_dtype
 from xlearner_d2.specs import SourceSpec
@@ -301,6 +303,28 @@ def small_maps(args: Namespace) -> Found:
     return found
 
 
+def upsampling(args: Namespace) -> Found:
+    """Upsampling logits fourfold, with its gradient, by products against ``F.interpolate``, both in float32."""
+    found = {}
+    device = make_config(("classifier",)).MODEL.DEVICE
+    for count, classes, size in ((24, 27, 96), (16, 12, 128), (4, 21, 256), (4, 21, 512), (2, 21, 1024)):
+        logits = torch.randn(count, classes, size // 4, size // 4, device=device, requires_grad=True)
+        runs = {
+            "ours": functools.partial(_with_gradient, functools.partial(upsample, factor=4), logits),
+            "stock": functools.partial(
+                _with_gradient, functools.partial(interpolate, scale_factor=4, mode="bilinear"), logits
+            ),
+        }
+        times = in_turn(runs, rounds=args.rounds, by=args.by)
+        found[f"{count} maps of {classes} classes, to {size} pixels"] = ratio(times["ours"], times["stock"])
+    return found
+
+
+def _with_gradient(function: Callable[[Tensor], Tensor], given: Tensor) -> None:
+    function(given).square_().sum().backward()
+    given.grad = None
+
+
 def optimiser(args: Namespace) -> Found:
     """AdamW as it is here against PyTorch's fused one, on the weights of a ResNet that are channels last in memory."""
     cfg = make_config(("classifier",), "MODEL.RESNETS.DEPTH", 18, "MODEL.RESNETS.RES2_OUT_CHANNELS", 64)
@@ -334,4 +358,5 @@ RATIOS: dict[str, Callable[[Namespace], Found]] = {
     "exported student": exported_student,
     "small maps": small_maps,
     "optimiser": optimiser,
+    "upsampling": upsampling,
 }

@@ -29,7 +29,7 @@ BENCHMARKS = {**RATIOS, "coco": coco_evaluation, "loader": loader, "scaling": sc
 
 
 #: Those whose comparisons can be by the number of calls.
-COUNTED = [name for name in RATIOS if name not in ("memory", "small maps")]
+COUNTED = [name for name in RATIOS if name not in ("memory", "small maps", "upsampling")]
 #: Those that are in mixed precision, or not, whatever the command says.
 AMP = {"one-source step": False, "small maps": True}
 

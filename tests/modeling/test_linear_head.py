@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from xlearner_d2.modeling.heads import head_config
-from xlearner_d2.modeling.linear_head import LinearSemSegHead
+from xlearner_d2.modeling.linear_head import LARGEST_PRODUCT, LinearSemSegHead, upsample
 from xlearner_d2.specs import ConfigError, SourceSpec
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -209,3 +209,16 @@ def test_unknown_setting_of_the_shipped_config(tiny_cfg: CfgNode) -> None:
     source = SourceSpec(name="a", task="t", config=config, train=("tiny_seg",), opts=("MODEL.SEM_SEG_HEAD.CLASES", 3))
     with pytest.raises(ConfigError, match=r"XLEARNER\.SOURCES\.a .*SEM_SEG_HEAD\.CLASES"):
         head_config(source, tiny_cfg)
+
+
+@pytest.mark.parametrize("factor", [1, 2, 2.5, 8.0])
+@pytest.mark.parametrize("sides", [(5, 7), (3, 2 * LARGEST_PRODUCT)])
+def test_upsampling_is_that_of_torch(sides: tuple[int, int], factor: float) -> None:
+    """With its gradient, also in mixed precision, which lowers neither."""
+    maps = torch.randn(2, 3, *sides, requires_grad=True)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = upsample(maps, factor)
+    expected = F.interpolate(maps, scale_factor=factor, mode="bilinear", align_corners=False)
+    torch.testing.assert_close(found, expected)
+    weight = torch.randn_like(expected)
+    torch.testing.assert_close(*(torch.autograd.grad((of * weight).sum(), maps)[0] for of in (found, expected)))
