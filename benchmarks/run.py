@@ -31,13 +31,13 @@ BENCHMARKS = {**RATIOS, "coco": coco_evaluation, "loader": loader, "scaling": sc
 #: Those whose comparisons can be by the number of calls.
 COUNTED = [name for name in RATIOS if name not in ("memory", "small maps", "upsampling")]
 #: Those that are in mixed precision, or not, whatever the command says.
-AMP = {"one-source step": False, "small maps": True}
+AMP = {"one-source step": False, "small maps": True, "exported student": False, "upsampling": False}
 
 
 def main() -> None:
     """Run what was asked for, and report."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", nargs="+", choices=list(BENCHMARKS), default=list(BENCHMARKS), help="what to measure")
+    parser.add_argument("--only", nargs="+", choices=list(BENCHMARKS), help="what to measure (default: all)")
     parser.add_argument("--rounds", type=int, default=15, help="measured rounds of each comparison")
     wish = "compare time, or calls of PyTorch, which take most of the time of small networks on a GPU"
     parser.add_argument("--by", choices=["time", "calls"], default="time", help=wish)
@@ -47,6 +47,7 @@ def main() -> None:
     parser.add_argument("--amp", action=argparse.BooleanOptionalAction, default=True, help="mixed precision")
     parser.add_argument("--output", type=Path, default=Path("output/benchmarks"), help="folder of the results")
     args = parser.parse_args()
+    args.only = args.only or (COUNTED if args.by == "calls" else list(BENCHMARKS))
     timed = [name for name in args.only if name not in COUNTED]
     if args.by == "calls" and timed:
         parser.error(f"--by calls counts those of {', '.join(COUNTED)}, but --only has {', '.join(timed)}")

@@ -102,8 +102,8 @@ def test_boxes_are_mapped_alike_from_records_without_the_masks_that_no_head_read
         (found,) = source_data(spec, head(*opts, *more), {"birds": [record]}, seed=0).train
         return found
 
-    assert trained_on("MODEL.MASK_ON", True) is record
-    assert trained_on("INPUT.MAPPER", "a.Mapper") is record
+    assert trained_on("MODEL.MASK_ON", True) == record
+    assert trained_on("INPUT.MAPPER", "a.Mapper") == record
     bare = trained_on()
     assert bare["annotations"] == [{**box, "iscrowd": 0}]
     assert record["annotations"][0]["segmentation"], "other sources may share the record"

@@ -90,7 +90,10 @@ def test_an_expansion_that_has_begun_keeps_its_student_or_has_none(project: Proj
         check_output(other, resume=True)
     check_output(plan_of(project, "OUTPUT_DIR", tmp_path), resume=True)
     shutil.copyfile(project.root / "out/expanded.pth", tmp_path / "expanded.pth")
-    check_output(other, resume=True)  # it is done
+    with pytest.raises(ConfigError, match=r"SQUEEZE\.ONLINE is True"):  # too late
+        check_output(other, resume=True)
+    shutil.copyfile(project.root / "out/expanded.pth", tmp_path / "student_d2.pth")
+    check_output(other, resume=True)  # all is done
 
 
 def test_a_student_of_another_teacher_is_not_taken_for_done(project: Project, tmp_path: Path) -> None:

@@ -9,7 +9,7 @@ from detectron2.config import CfgNode
 from torch import Tensor, nn
 
 from ..checkpoint.grow import belongs_to, load_grown, part_of, summary, unread
-from ..checkpoint.load import read_checkpoint
+from ..checkpoint.load import is_counter, read_checkpoint
 from ..checkpoint.stored import PIXEL_KEYS, differing_settings, stored_config
 from ..modeling import XLearner
 from ..modeling.branches import ARCHITECTURE_KEYS, BranchSpec, branch_config, network_name
@@ -68,7 +68,7 @@ def read_growth(cfg: CfgNode) -> Growth | None:
     for task in freeze:
         if task not in names:
             problems.append(f"XLEARNER.FREEZE names {task!r}, which is no task of {path}.{nearest(task, names)}")
-        elif task not in {record.get("TASK") for record in cfg.XLEARNER.SOURCES.values() if record is not None}:
+        elif _is_dropped(cfg, task, task_of):
             wish = "leave it out of FREEZE, or keep one of them"
             problems.append(f"XLEARNER.FREEZE names {task!r}, all of whose sources are dropped: {wish}.")
     if freeze and cfg.XLEARNER.SHARING == "shared":
@@ -128,6 +128,13 @@ def _network_problems(cfg: CfgNode, stored: Mapping[str, Any], path: str) -> lis
             wish = f"set XLEARNER.BRANCHES.{task} as there"
             problems.append(f"The branch of task {task!r} is {own}, but {old} in XLEARNER.EXTEND {path}: {wish}.")
     return problems
+
+
+def _is_dropped(cfg: CfgNode, task: str, task_of: Mapping[str, str]) -> bool:
+    """Whether the config drops all sources that a task has in the file, and adds none."""
+    records = cfg.XLEARNER.SOURCES
+    kept = [source for source, of in task_of.items() if of == task and records.get(source, "") is not None]
+    return not kept and not any(isinstance(it, CfgNode) and it.get("TASK") == task for it in records.values())
 
 
 def _source_problems(cfg: CfgNode, task_of: Mapping[str, str], path: str) -> list[str]:
@@ -266,5 +273,7 @@ def _fits(branch: nn.Module, state: Mapping[str, Tensor]) -> bool:
     """Whether the stages that both have are built alike."""
     own = branch.state_dict()
     stages = {name.split(".")[0] for name in own} & {name.split(".")[0] for name in state}
-    first, second = ({n: v.shape for n, v in of.items() if n.split(".")[0] in stages} for of in (own, state))
+    first, second = (
+        {n: v.shape for n, v in of.items() if n.split(".")[0] in stages and not is_counter(n)} for of in (own, state)
+    )
     return first == second

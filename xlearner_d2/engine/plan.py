@@ -104,7 +104,8 @@ def check_output(plan: Plan, *, resume: bool) -> None:
         problems += check_squeeze_unchanged(plan.cfg)
     given = "squeeze" in plan.stages and squeeze.TEACHER
     trained = resume and expanded_file(plan.cfg).is_file()
-    if resume and not trained and plan.stage_dir("expand").is_dir():
+    too_late = squeeze.ONLINE and not (Path(plan.cfg.OUTPUT_DIR) / STUDENT_FILE).is_file()
+    if resume and (too_late or not trained) and plan.stage_dir("expand").is_dir():
         problems += check_expansion_unchanged(plan.cfg)
     if plan.stages == ("squeeze",) or given or trained:
         with _collect(problems):

@@ -9,7 +9,7 @@ from typing import Any
 import yaml
 
 from ..checkpoint.files import write_atomically
-from ..checkpoint.stored import settings_of_its_own
+from ..checkpoint.stored import PIXEL_KEYS, settings_of_its_own
 from .convention import Convention
 from .libraries import architecture
 from .student import Student
@@ -109,19 +109,28 @@ def _usage(student: Student, path: Path, to: str, convention: Convention) -> str
     language, code = _USAGE[to]
     name = architecture(student).torchvision if to == "torchvision" else ""
     filled = code.format(path=path.name if path.is_file() else path, name=name, network=_network(student))
-    return f"## Use\n\n```{language}\n{filled}\n```\n\n{_input(convention)}"
+    return f"## Use\n\n```{language}\n{filled}\n```\n\n{_builder(student, to)}{_input(convention)}"
+
+
+def _builder(student: Student, to: str) -> str:
+    if not (student.timm and to in ("d2", "d2-pkl")):
+        return ""
+    return (
+        "Detectron2 knows these settings when `xlearner_d2.add_xlearner_config(cfg)` has been called. The builder of a "
+        "RetinaNet is `build_timm_retinanet_fpn_backbone`, that of a backbone without FPN `build_timm_backbone`.\n\n"
+    )
 
 
 def _network(student: Student) -> str:
     """The settings with which a Detectron2 config has the student's network, behind others on a command line."""
+    own = settings_of_its_own(student.cfg)
     if student.timm:
-        settings: dict[str, Any] = {
-            "MODEL.BACKBONE.NAME": "build_timm_fpn_backbone",
-            "MODEL.BACKBONE.TIMM": student.timm,
-        }
+        alike = (*PIXEL_KEYS, "MODEL.RESNETS.RES5_DILATION")  # the others describe a ResNet
+        own = {key: value for key, value in own.items() if key in alike}
+        own = {"MODEL.BACKBONE.NAME": "build_timm_fpn_backbone", "MODEL.BACKBONE.TIMM": student.timm, **own}
     else:
-        settings = {"MODEL.RESNETS.DEPTH": student.depth, **settings_of_its_own(student.cfg)}
-    return "".join(f" {key} {shlex.quote(str(value))}" for key, value in settings.items())
+        own = {"MODEL.RESNETS.DEPTH": student.depth, **own}
+    return "".join(f" {key} {shlex.quote(str(value))}" for key, value in own.items())
 
 
 def _input(convention: Convention) -> str:

@@ -111,7 +111,7 @@ def stand_on_branch(head: CfgNode, where: str) -> list[str]:
     name, network = head.MODEL.BACKBONE.NAME, head.MODEL.BACKBONE.TIMM
     if not network:
         return []
-    hint = "give its task a ResNet with XLEARNER.BRANCHES.<task>.DEPTH"
+    hint = "give its task a ResNet with XLEARNER.BRANCHES.<task>.DEPTH, the student with XLEARNER.SQUEEZE.DEPTH"
     if name not in TIMM_BUILDERS:
         known = ", ".join(TIMM_BUILDERS)
         return [
