@@ -101,7 +101,7 @@ def test_a_frozen_network_of_timm_goes_on_unfrozen(project: Project, tmp_path: P
     project.content["XLEARNER"]["SOURCES"]["areas"] = areas
     project.write(project.content)
     text = project.dry_run(*opts, "MODEL.BACKBONE.FREEZE_AT", 0, "XLEARNER.EXTEND", tmp_path / "fewer/expanded.pth")
-    assert "Branch segmentation starts as branch classification." in text
+    assert "Branch segmentation starts as branch detection." in text
     for freeze_at in (0, 2, 5):
         at = ["MODEL.BACKBONE.FREEZE_AT", freeze_at]
         project.run(*opts, *at, eval_only=True)

@@ -167,8 +167,9 @@ def _check_sampler(protocol: ProtocolSpec, cfg: CfgNode) -> list[str]:
     sampler = cfg.DATALOADER.SAMPLER_TRAIN
     if sampler == "TrainingSampler":
         return []
-    wish = "but a cell draws all images equally often: set it to TrainingSampler in OPTS"
-    return [f"TRANSFER.PROTOCOLS.{protocol.name}.CONFIG: DATALOADER.SAMPLER_TRAIN is {sampler!r}, {wish}."]
+    where = f"TRANSFER.PROTOCOLS.{protocol.name}.CONFIG"
+    cure = "set it to TrainingSampler in OPTS"
+    return [f"{where}: DATALOADER.SAMPLER_TRAIN is {sampler!r}, but a cell draws all images equally often: {cure}."]
 
 
 def _as_source(spec: SetSpec, protocol: ProtocolSpec) -> SourceSpec:
