@@ -323,6 +323,17 @@ def test_the_comparison_sees_a_changed_weight(weights: Path, tmp_path: Path) -> 
     assert write.compare(student, FORMATS["torchvision"].read(student, path), convention, [(64, 96)]) > 1e-3
 
 
+def test_the_comparison_sees_what_is_no_number(weights: Path) -> None:
+    student = load_student(weights)
+
+    class Broken(nn.Module):
+        def forward(self, images: Tensor) -> dict[str, Tensor]:
+            found = student.features(images.flip(1))
+            return {**found, "res3": found["res3"] * torch.nan}
+
+    assert not write.compare(student, Broken(), own_convention(student), [(64, 96), (64, 64)]) <= write.TOLERANCE
+
+
 def test_the_card_tells_where_the_weights_come_from(weights: Path, tmp_path: Path) -> None:
     metrics = {
         "expanded": {"birds": {"birds_val": {"classification/top1": 61.25}}},

@@ -141,12 +141,12 @@ def compare(student: Student, model: nn.Module, convention: Convention, sizes: S
     Args:
         sizes: heights and widths of the images.
     """
-    found = 0.0
+    found = []
     for size in sizes:
         images = _images(size)
         own, others = student.features(images), model(feed(images, convention))
-        found = max(found, *(_difference(own[stage], others[stage]) for stage in own))
-    return found
+        found += [_difference(own[stage], others[stage]) for stage in own]
+    return float(torch.tensor(found).max())  # NaN if one is, which Python's max may pass over
 
 
 def _difference(own: Tensor, found: Tensor) -> float:
