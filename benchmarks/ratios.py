@@ -21,10 +21,10 @@ from xlearner_d2 import XLearner
 from xlearner_d2.engine.optimizer import AdamW, make_optimizer
 from xlearner_d2.engine.steps import LossesByBranch
 from xlearner_d2.engine.trainer import StepSeed, build_step_trainer
+from xlearner_d2.modeling import linear_head
 from xlearner_d2.modeling.distill import Distiller, matched_stages
 from xlearner_d2.modeling.expanded import build_branch
 from xlearner_d2.modeling.heads import head_config
-from xlearner_d2.modeling.linear_head import upsample
 from xlearner_d2.modeling.small_maps import multiply_small_maps
 from xlearner_d2.modeling.xlearner import autocast_dtype, cpu_autocast_dtype
 from xlearner_d2.specs import SourceSpec
@@ -304,19 +304,21 @@ def small_maps(args: Namespace) -> Found:
 
 
 def upsampling(args: Namespace) -> Found:
-    """Upsampling logits fourfold, with its gradient, by products against ``F.interpolate``, both in float32."""
-    found = {}
+    """Upsampling logits fourfold, with its gradient, by products of any size against ``F.interpolate``, in float32."""
+    found, limit = {}, linear_head.LARGEST_PRODUCT
+    linear_head.LARGEST_PRODUCT = 10**6
     device = make_config(("classifier",)).MODEL.DEVICE
     for count, classes, size in ((24, 27, 96), (16, 12, 128), (4, 21, 256), (4, 21, 512), (2, 21, 1024)):
         logits = torch.randn(count, classes, size // 4, size // 4, device=device, requires_grad=True)
         runs = {
-            "ours": functools.partial(_with_gradient, functools.partial(upsample, factor=4), logits),
+            "ours": functools.partial(_with_gradient, functools.partial(linear_head.upsample, factor=4), logits),
             "stock": functools.partial(
                 _with_gradient, functools.partial(interpolate, scale_factor=4, mode="bilinear"), logits
             ),
         }
         times = in_turn(runs, rounds=args.rounds, by=args.by)
         found[f"{count} maps of {classes} classes, to {size} pixels"] = ratio(times["ours"], times["stock"])
+    linear_head.LARGEST_PRODUCT = limit
     return found
 
 

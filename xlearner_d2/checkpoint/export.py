@@ -10,6 +10,7 @@ from torch import nn
 
 from ..specs import TaskSpec
 from .files import save_atomically
+from .load import is_counter
 
 
 def input_convention(cfg: CfgNode) -> dict[str, Any]:
@@ -50,7 +51,7 @@ def export_student(
     state = {
         name: value.detach().cpu().contiguous().clone()
         for name, value in student.state_dict().items()
-        if not name.endswith("num_batches_tracked")
+        if not is_counter(name)
     }
     data = {"model": state, "__author__": "xlearner_d2", "matching_heuristics": True}
     data["xlearner"] = describe_student(cfg, training)

@@ -11,6 +11,7 @@ from torch import Tensor
 from ..checkpoint.load import (
     LoadReport,
     check_resnet,
+    is_counter,
     load_res5,
     load_resnet,
     load_strictly,
@@ -263,7 +264,7 @@ def fits(branch: Branch, student: Branch) -> bool:
 def _shapes(network: Branch) -> dict[str, torch.Size]:
     """Of its tensors, by name, but for the counters of norm layers: those of frozen stages have none."""
     shapes = {name: value.shape for name, value in network.state_dict().items()}
-    return {name: shape for name, shape in shapes.items() if not name.endswith("num_batches_tracked")}
+    return {name: shape for name, shape in shapes.items() if not is_counter(name)}
 
 
 def load_expanded(model: XLearner, cfg: CfgNode, path: Path) -> LoadReport:

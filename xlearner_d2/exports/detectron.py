@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from ..checkpoint.export import describe_student, export_student
 from ..checkpoint.files import replacing
+from ..checkpoint.load import is_counter
 from ..modeling.expanded import STAGES
 from .convention import Convention, own_convention
 from .student import Student
@@ -35,7 +36,7 @@ def write_d2_pkl(student: Student, path: Path) -> Convention:
 def _state(student: Student) -> dict[str, Tensor]:
     """Detectron2's names and the weights, without the counters that frozen BN lacks."""
     state = student.network.state_dict()
-    return {name: value.contiguous() for name, value in state.items() if not name.endswith("num_batches_tracked")}
+    return {name: value.contiguous() for name, value in state.items() if not is_counter(name)}
 
 
 def read_d2(student: Student, path: Path) -> nn.Module:
@@ -67,6 +68,6 @@ def read_safetensors(student: Student, path: Path) -> nn.Module:
     """A new network with the file's weights."""
     backbone = _backbone(student)
     found = backbone.load_state_dict(load_file(path), strict=False)
-    missing = [name for name in found.missing_keys if "num_batches" not in name]
+    missing = [name for name in found.missing_keys if not is_counter(name)]
     assert not missing, missing
     return backbone.eval()

@@ -15,7 +15,7 @@ from torchvision.models import resnet as torchvision_resnet
 from torchvision.models.feature_extraction import create_feature_extractor
 
 from ..checkpoint.files import replacing, save_atomically
-from ..checkpoint.load import convert_stem
+from ..checkpoint.load import convert_stem, is_counter
 from ..checkpoint.pixels import PixelConvention, stem_conversion
 from ..modeling.timm_backbone import TimmBackbone
 from ..specs import ConfigError
@@ -92,8 +92,7 @@ def library_state(student: Student, convention: Convention) -> dict[str, Tensor]
     if problems:
         raise ConfigError([f"{student.path}: {problem}" for problem in problems], what="The export")
     names = student.network.timm_names() if isinstance(student.network, TimmBackbone) else {}
-    counter = "num_batches_tracked"
-    return {names.get(name) or _name(name): value for name, value in state.items() if not name.endswith(counter)}
+    return {names.get(name) or _name(name): value for name, value in state.items() if not is_counter(name)}
 
 
 def _name(name: str) -> str:
@@ -126,7 +125,7 @@ def read_torchvision(student: Student, path: Path) -> nn.Module:
 
 def _load(model: nn.Module, state: Mapping[str, Tensor]) -> None:
     found = model.load_state_dict(state, strict=False)
-    missing = [name for name in found.missing_keys if not name.endswith("num_batches_tracked")]
+    missing = [name for name in found.missing_keys if not is_counter(name)]
     unmatched = missing + list(found.unexpected_keys)
     assert unmatched == []
 
