@@ -89,7 +89,7 @@ class LinearSemSegHead(nn.Module):
         return torch.stack([part[..., :height, :width] for part in parts]).sum(dim=0)
 
 
-#: Side of the larger map up to which products are faster on a CPU: 0.65 of the time at 96 pixels, 0.91 at 256, 1.2 at
+#: Side of the larger map up to which products are faster on a CPU: 0.65 of the time at 96 pixels, 0.96 at 256, 1.1 at
 #: 512 (docs/SPEED.md), as their arithmetic grows with the side.
 LARGEST_PRODUCT = 256
 
