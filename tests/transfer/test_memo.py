@@ -7,6 +7,7 @@ import pytest
 import torch
 from detectron2.layers import ShapeSpec
 from detectron2.modeling import Backbone
+from detectron2.structures import ImageList
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
@@ -118,10 +119,19 @@ def test_what_is_remembered_cannot_be_changed_from_outside(backbone: Counting) -
     assert torch.equal(memoised(batch([0]))["res3"], expected)
 
 
+def test_images_of_many_sizes_are_computed_once_whatever_they_are_batched_with(backbone: Counting) -> None:
+    memoised = MemoisedBackbone(backbone)
+    images = [torch.ones(3, height, width) for height, width in ((40, 50), (57, 33), (64, 61))]
+    for chosen in ([0, 1], [2, 1], [0], [1, 2, 0]):
+        padded = ImageList.from_tensors([images[number] for number in chosen], memoised.size_divisibility)
+        assert memoised(padded.tensor)["res2"].shape[-2:] == (16, 16)
+    assert backbone.num_images == 3
+
+
 def test_it_is_a_backbone_of_the_same_shape_that_owns_nothing(backbone: Counting) -> None:
     memoised = MemoisedBackbone(backbone)
     assert memoised.output_shape() == backbone.output_shape()
-    assert memoised.size_divisibility == 8
+    assert memoised.size_divisibility == 32
     assert list(memoised.parameters()) == []
     memoised.train()
     assert not backbone.training

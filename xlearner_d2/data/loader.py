@@ -17,6 +17,7 @@ from torch.utils.data import DataLoader, Dataset
 from ..specs import SourceSpec
 from .balance import build_stream
 from .mappers import Record, SourceMapper, build_mapper, map_one
+from .packing import PackingLoader
 from .samplers import Draw, JointSampler
 
 
@@ -73,7 +74,7 @@ def build_joint_train_loader(
         world_size=comm.get_world_size(),
     )
     mappers = {s.name: SourceMapper(s.name, build_mapper(heads[s.name], is_train=True)) for s in sources}
-    return DataLoader(
+    return PackingLoader(
         JointDataset(records=records, mappers=mappers),
         batch_sampler=sampler,
         collate_fn=group_by_source,

@@ -1,17 +1,22 @@
 """Features of a frozen backbone, computed once per image."""
 
 import hashlib
+import math
 
 import torch
 from detectron2.modeling import Backbone
 from torch import Tensor
+
+_PADDING = 32
 
 
 class MemoisedBackbone(Backbone):
     """A frozen backbone that computes the features of each image once and gives the stored ones from then on.
 
     An image is known by its normalised, padded pixels, so any augmentation stays correct; what is gained depends on
-    how often the very same pixels return. The wrapped backbone is no sub-module: its mode is left alone.
+    how often the very same pixels return. Heads that ask how to pad are told to pad to multiples of 32, as Detectron2's
+    FPNs do, or images of many sizes would return with the padding of each batch. The wrapped backbone is no sub-module:
+    its mode is left alone.
 
     Args:
         backbone: frozen, in inference mode; its features of an image must not depend on the others of a batch.
@@ -27,11 +32,11 @@ class MemoisedBackbone(Backbone):
         self._out_features = list(shapes)
         self._out_feature_channels = {name: shape.channels for name, shape in shapes.items()}
         self._out_feature_strides = {name: shape.stride for name, shape in shapes.items()}
-        self._size_divisibility = backbone.size_divisibility
+        self._size_divisibility = math.lcm(_PADDING, max(backbone.size_divisibility, 1))
 
     @property
     def size_divisibility(self) -> int:
-        """As of the wrapped backbone."""
+        """Of the sides of a padded batch."""
         return self._size_divisibility
 
     @torch.no_grad()

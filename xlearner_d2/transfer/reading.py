@@ -8,6 +8,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from ..data.loader import kill_readers_at_exit, prepare_process, reading_processes
 from ..data.mappers import SourceMapper, map_one
+from ..data.packing import PackingLoader
 from ..data.samplers import Draw, JointSampler
 from ..data.streams import Shuffled
 
@@ -68,4 +69,4 @@ def _make_loader(dataset: Dataset[dict[str, Any]], data: Mapped, num_workers: in
     """Lists of records, read by processes of their own where these are not kept in memory."""
     kill_readers_at_exit(os.getpid())
     number = 0 if data.is_kept else reading_processes(num_workers)
-    return DataLoader(dataset, num_workers=number, collate_fn=list, worker_init_fn=prepare_process, **options)
+    return PackingLoader(dataset, num_workers=number, collate_fn=list, worker_init_fn=prepare_process, **options)
