@@ -24,6 +24,7 @@ from xlearner_d2.transfer import measure as measuring
 from xlearner_d2.transfer import runner
 from xlearner_d2.transfer.backbones import BackboneSpec, parse_backbones
 from xlearner_d2.transfer.measure import measure
+from xlearner_d2.transfer.places import Places
 from xlearner_d2.transfer.runner import Cell, all_cells, commit, run_cell, unfinished, worker_threads
 
 DIVERGING = ["SOLVER.BASE_LR", 1e38, "SOLVER.CLIP_GRADIENTS.ENABLED", False, "SOLVER.MAX_ITER", 3]
@@ -109,7 +110,7 @@ def study(tmp_path_factory: pytest.TempPathFactory) -> Study:
     found.killed = found.files()
     assert found.killed, (found.root / "log.txt").read_text()
     with pytest.raises(ConfigError) as caught:
-        measure(str(found.file), found.backbones, [0], found.out, jobs=2)
+        measure(str(found.file), found.backbones, [0], found.out, places=Places(2))
     found.failure = str(caught.value)
     return found
 
@@ -181,6 +182,27 @@ def test_no_cell_is_started_after_ctrl_c(study: Study, tmp_path: Path, monkeypat
     with pytest.raises(KeyboardInterrupt):
         measure(str(study.file), study.backbones[:1], range(20), tmp_path, opts=["TRANSFER.SETS.areas", "null"])
     assert len(read_records(tmp_path)) < 10  # of 60: that of the worker, and those that it was given beforehand
+
+
+def test_a_worker_that_dies_takes_one_cell_with_it(
+    study: Study, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As one that the system kills for its memory; the next cell has a new one."""
+
+    def kill_after_the_first(futures: Iterable[object]) -> Iterator[object]:
+        for number, future in enumerate(as_completed(futures)):
+            if number == 0:
+                for pid in set(processes(os.getpid())) - others:
+                    if b"spawn_main" in Path(f"/proc/{pid}/cmdline").read_bytes():
+                        os.kill(pid, signal.SIGKILL)
+            yield future
+
+    as_completed, others = runner.as_completed, set(processes(os.getpid()))
+    monkeypatch.setattr(runner, "as_completed", kill_after_the_first)
+    opts = ["TRANSFER.SETS.areas", "null", "TRANSFER.SETS.boxes", "null"]
+    with pytest.raises(ConfigError, match=r"(?s)^1 of 8 cells failed.*BrokenProcessPool"):
+        measure(str(study.file), study.backbones[:1], range(4), tmp_path, opts=opts)
+    assert len(read_records(tmp_path)) == 7
 
 
 # What is measured again

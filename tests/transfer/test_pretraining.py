@@ -6,6 +6,7 @@ import logging
 import os
 import re
 import runpy
+import shutil
 import signal
 import subprocess
 import sys
@@ -29,6 +30,7 @@ from xlearner_d2.results.records import read_records
 from xlearner_d2.specs import ConfigError
 from xlearner_d2.transfer import pretraining
 from xlearner_d2.transfer.backbones import BackboneSpec
+from xlearner_d2.transfer.places import Places
 from xlearner_d2.transfer.pretraining import (
     SETTINGS_FILE,
     StudySpec,
@@ -285,16 +287,27 @@ def some_runs(*names: str) -> StudySpec:
     return StudySpec(suite="", config="configs/quick/openmoji.yaml", runs={name: [] for name in names}, backbones={})
 
 
+def idle() -> None:
+    """Does nothing while the last runs run."""
+
+
+def never() -> None:
+    """With one place, none is free before all runs have ended."""
+    raise AssertionError
+
+
 def test_each_run_is_run_once(tmp_path: Path, started: list[str]) -> None:
-    assert run_pretraining(some_runs("a", "b"), [0, 1], tmp_path, jobs=1) == []
+    assert run_pretraining(some_runs("a", "b"), [0, 1], tmp_path, places=Places(1), meanwhile=never) == []
     assert started == ["seed0/a", "seed0/b", "seed1/a", "seed1/b"]
-    assert run_pretraining(some_runs("a", "b", "c"), [0, 1], tmp_path, jobs=2) == []
+    assert run_pretraining(some_runs("a", "b", "c"), [0, 1], tmp_path, places=Places(2), meanwhile=idle) == []
     assert sorted(started[4:]) == ["seed0/c", "seed1/c"]
 
 
 def test_runs_that_fail_are_named_and_run_again(tmp_path: Path, started: list[str]) -> None:
     for _ in range(2):
-        assert run_pretraining(some_runs("a", "bad", "c"), [0], tmp_path, jobs=2) == [("bad", 0)]
+        assert run_pretraining(some_runs("a", "bad", "c"), [0], tmp_path, places=Places(2), meanwhile=idle) == [
+            ("bad", 0)
+        ]
     assert sorted(started) == ["seed0/a", "seed0/bad", "seed0/bad", "seed0/c"]
 
 
@@ -312,7 +325,7 @@ def test_no_run_is_started_after_ctrl_c(tmp_path: Path, monkeypatch: pytest.Monk
     before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
     try:
         with pytest.raises(KeyboardInterrupt):
-            run_pretraining(some_runs("a", "b", "c"), [0], tmp_path, jobs=1)
+            run_pretraining(some_runs("a", "b", "c"), [0], tmp_path, places=Places(1), meanwhile=never)
     finally:
         signal.signal(signal.SIGINT, before)
     time.sleep(1)  # in which another one would be started
@@ -337,7 +350,7 @@ def test_runs_of_one_time_are_spread_over_the_gpus(
         return SimpleNamespace(returncode=0)
 
     monkeypatch.setattr(pretraining, "subprocess", SimpleNamespace(run=run))
-    run_pretraining(some_runs("a", "b", "c", "d", "e", "f"), [0], tmp_path, jobs=jobs)
+    run_pretraining(some_runs("a", "b", "c", "d", "e", "f"), [0], tmp_path, places=Places(jobs), meanwhile=idle)
     assert [set(given[first : first + jobs]) for first in range(0, 6, jobs)] == [expected] * (6 // jobs)
 
 
@@ -349,9 +362,41 @@ def chain() -> StudySpec:
 
 
 def test_a_run_starts_after_those_that_it_needs(tmp_path: Path, started: list[str]) -> None:
-    assert run_pretraining(chain(), [0], tmp_path, jobs=3) == [("bad", 0), ("never", 0)]
+    assert run_pretraining(chain(), [0], tmp_path, places=Places(3), meanwhile=idle) == [("bad", 0), ("never", 0)]
     assert "seed0/never" not in started
     assert started.index("seed0/first") < started.index("seed0/second")
+
+
+def test_what_can_be_done_beside_the_last_run_is_done(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It has the place that the last run does not need, and no other."""
+    taken: set[int] = set()
+    ended: list[str] = []
+    done = threading.Event()
+
+    def run(command: list[str], **options: Any) -> SimpleNamespace:
+        if command[-1].endswith("last"):
+            assert done.wait(timeout=30)
+        ended.append(Path(command[-1]).name)
+        return SimpleNamespace(returncode=0)
+
+    def meanwhile() -> None:
+        with places.take() as place:
+            taken.add(place)
+            assert places._free.empty()
+            assert sorted(ended) == ["a", "b", "c"]
+        done.set()
+
+    monkeypatch.setattr(pretraining, "subprocess", SimpleNamespace(run=run))
+    places = Places(2)
+    assert run_pretraining(some_runs("a", "b", "c", "last"), [0], tmp_path, places=places, meanwhile=meanwhile) == []
+    assert len(taken) == 1
+    assert places._free.qsize() == 2
+
+
+def test_runs_that_are_never_started_are_not_waited_for(tmp_path: Path, started: list[str]) -> None:
+    failed = run_pretraining(chain(), [0], tmp_path, places=Places(2), meanwhile=idle)
+    assert failed == [("bad", 0), ("never", 0)]
+    run_pretraining(some_runs("first", "third"), [0], tmp_path, places=Places(2), meanwhile=never)  # all are finished
 
 
 def test_a_run_is_given_the_folder_of_the_one_that_it_needs(tmp_path: Path) -> None:
@@ -405,7 +450,8 @@ def test_a_run_that_another_process_is_at_is_waited_for(
     output.mkdir(parents=True)
     with (output / "lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        study = threading.Thread(target=run_pretraining, args=(some_runs("a"), [0], tmp_path), kwargs={"jobs": 1})
+        options = {"places": Places(1), "meanwhile": never}
+        study = threading.Thread(target=run_pretraining, args=(some_runs("a"), [0], tmp_path), kwargs=options)
         study.start()
         while "Waiting for another process" not in caplog.text and study.is_alive():
             time.sleep(0.01)
@@ -466,6 +512,31 @@ def test_a_study_that_fails_says_so_and_measures_what_is_there(
     assert caught.value.code == "error: The pre-training has 1 problem:\n  1. bad, seed 0 failed."
     assert started == ["seed0/bad", "seed0/good"]
     assert [(record.backbone, record.seed) for record in read_records(files.root / "out")] == [("random", 0)]
+
+
+def test_backbones_are_measured_while_the_last_run_runs(files: StudyFiles, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The last run ends when there is a record of another one's backbone, and its own is measured then."""
+    out = files.root / "out"
+    before_the_end: list[str] = []
+
+    def run(command: list[str], **options: Any) -> SimpleNamespace:
+        output = Path(command[command.index("OUTPUT_DIR") + 1])
+        deadline = time.monotonic() + DEADLINE
+        while output.name == "last" and not read_records(out) and time.monotonic() < deadline:
+            time.sleep(0.02)
+        before_the_end.extend(record.backbone for record in read_records(out))
+        (output / "found").mkdir()
+        shutil.copy(files.student(), output / "found/model.pth")
+        (output / "metrics.json").write_text("{}")
+        return SimpleNamespace(returncode=0)
+
+    monkeypatch.setattr(pretraining, "subprocess", SimpleNamespace(run=run))
+    files.parts["RUNS"] = {"first": None, "last": None}
+    files.parts["BACKBONES"] = {"single": "first/found/model.pth", "squeezed": "last/found/model.pth"}
+    files.write_study()
+    command(monkeypatch, "--study", files.study, "--output", out, "--seeds", 1, "--jobs", 2)
+    assert before_the_end == ["single"]
+    assert {record.backbone for record in read_records(out)} == {"single", "squeezed"}
 
 
 def test_a_backbone_that_no_run_left_is_told(

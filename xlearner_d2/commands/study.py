@@ -5,6 +5,9 @@ python tools/study.py --study configs/transfer/openmoji12_study.yaml --seeds 3 -
 
 import argparse
 import logging
+from collections.abc import Sequence
+from contextlib import suppress
+from functools import partial
 from pathlib import Path
 
 from ..report.transfer import report_folder
@@ -13,7 +16,16 @@ from ..results.statistics import check_subject
 from ..specs import ConfigError
 from ..transfer.command_line import base_parser, log_progress, seeds_of
 from ..transfer.measure import check_folder, check_suite, measure
-from ..transfer.pretraining import backbones_of, check_output, check_runs, load_study, run_pretraining
+from ..transfer.places import Places
+from ..transfer.pretraining import (
+    StudySpec,
+    backbones_of,
+    check_output,
+    check_runs,
+    load_study,
+    run_pretraining,
+    unfinished_runs,
+)
 
 logger = logging.getLogger("xlearner_d2.transfer")
 
@@ -41,10 +53,22 @@ def run(args: argparse.Namespace) -> None:
     if args.dry_run:
         print("\n".join(f"{name}: {text}" for name, text in study.backbones.items()))
         return
+    places = Places(args.jobs)
     for seed in seeds_of(args):
-        failed = run_pretraining(study, [seed], folder, jobs=args.jobs)
-        if left := backbones_of(study, folder, without=[name for name, _ in failed]):
-            measure(study.suite, left, [seed], folder, jobs=args.jobs)
+        meanwhile = partial(_measure_meanwhile, study, seed, folder, places)
+        failed = [name for name, _ in run_pretraining(study, [seed], folder, places=places, meanwhile=meanwhile)]
+        _measure(study, seed, folder, places, without=failed)
         if failed:
-            raise ConfigError([f"{name}, seed {seed} failed." for name, _ in failed], what="The pre-training")
+            raise ConfigError([f"{name}, seed {seed} failed." for name in failed], what="The pre-training")
         logger.info(f"The report is {report_folder(folder, subject=args.subject)}.")
+
+
+def _measure(study: StudySpec, seed: int, folder: Path, places: Places, *, without: Sequence[str]) -> None:
+    if found := backbones_of(study, folder, without=without):
+        measure(study.suite, found, [seed], folder, places=places)
+
+
+def _measure_meanwhile(study: StudySpec, seed: int, folder: Path, places: Places) -> None:
+    """What finished runs have left, while the last ones run."""
+    with suppress(ConfigError):  # what fails is tried again with the rest, and told then
+        _measure(study, seed, folder, places, without=unfinished_runs(study, seed, folder))

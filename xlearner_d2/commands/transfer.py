@@ -17,6 +17,7 @@ from ..results.statistics import SUBJECT, check_subject
 from ..transfer.backbones import parse_backbones
 from ..transfer.command_line import base_parser, log_progress, seeds_of
 from ..transfer.measure import measure
+from ..transfer.places import Places
 
 logger = logging.getLogger("xlearner_d2.transfer")
 
@@ -57,7 +58,7 @@ def run(args: argparse.Namespace) -> None:
         seeds_of(args),
         Path(args.output),
         opts=args.opts,
-        jobs=args.jobs,
+        places=Places(args.jobs),
         dry_run=args.dry_run,
     )
     if not args.dry_run:

@@ -8,6 +8,7 @@ from ..config import load_config
 from ..engine.plan_checks import can_be_made
 from ..specs import ConfigError
 from .backbones import BackboneSpec, check_backbones
+from .places import Places
 from .protocols import check_heads
 from .runner import all_cells, mark_primary, run_cells, unfinished
 from .suite import Suite, check_data, parse_suite
@@ -46,7 +47,7 @@ def measure(
     folder: Path,
     *,
     opts: Sequence[str] = (),
-    jobs: int = 1,
+    places: Places | None = None,
     dry_run: bool = False,
 ) -> None:
     """Measure every backbone on every set of a suite, as often as there are seeds.
@@ -54,7 +55,7 @@ def measure(
     Args:
         folder: keeps a record of each cell; one that is there already is not measured again.
         opts: overrides of the suite.
-        jobs: cells at a time.
+        places: where cells run, one in each at a time; None for a single one.
         dry_run: check, list the cells and stop.
 
     Raises:
@@ -72,7 +73,7 @@ def measure(
         return
     mark_primary(suite, folder)
     if left:
-        failed = run_cells(left, suite_file=suite_file, opts=opts, folder=folder, jobs=jobs)
+        failed = run_cells(left, suite_file=suite_file, opts=opts, folder=folder, places=places or Places(1))
         if failed:
             first = [f"{cell}: {error!r}" for cell, error in list(failed.items())[:3]]
             raise ConfigError(first, what=f"{len(failed)} of {len(left)} cells failed; what failed first")

@@ -8,12 +8,12 @@ import re
 import subprocess
 import sys
 import time
-from collections.abc import Collection, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
-from queue import Queue
+from threading import Event
 from typing import Any, TextIO
 
 import torch
@@ -24,6 +24,7 @@ from ..engine.explain import results_of
 from ..engine.plan import EXPANDED_FILE, STUDENT_FILE, Plan, make_plan
 from ..specs import ConfigError, nearest
 from .backbones import RANDOM, BackboneSpec, name_problems
+from .places import Places
 from .runner import starts_no_more, worker_threads
 from .suite import digest, read_config
 
@@ -198,8 +199,13 @@ def backbones_of(study: StudySpec, folder: Path, *, without: Collection[str] = (
     return found
 
 
-def run_pretraining(study: StudySpec, seeds: Sequence[int], folder: Path, *, jobs: int) -> list[tuple[str, int]]:
+def run_pretraining(
+    study: StudySpec, seeds: Sequence[int], folder: Path, *, places: Places, meanwhile: Callable[[], object]
+) -> list[tuple[str, int]]:
     """Run what is not finished, several at a time; a run that was stopped continues from its last checkpoint.
+
+    Args:
+        meanwhile: called when there are places that no run waits for while others go on.
 
     Returns:
         name and seed of the runs that failed; the log of each is beside its output.
@@ -208,26 +214,39 @@ def run_pretraining(study: StudySpec, seeds: Sequence[int], folder: Path, *, job
     left = [(name, seed) for name, seed in work if not _finished(folder, name, seed)]
     logger.info(f"{len(work)} pre-training runs, of which {len(work) - len(left)} are finished.")
     results: dict[tuple[str, int], Future[int]] = {}
-    devices: Queue[dict[str, str]] = Queue()
-    for number in range(jobs):
-        devices.put(_device(number))
+    waiting, all_have_begun = set(left), Event()
+
+    def begin(name: str, seed: int) -> None:
+        waiting.discard((name, seed))
+        if not waiting:
+            all_have_begun.set()
 
     def run(name: str, seed: int) -> int:
         # A run starts after those that it needs, which stand above it, so waiting for them never waits for itself.
         needed = [results[other, seed] for other in _needs(study.runs[name]) if (other, seed) in results]
         if any(future.result() for future in needed):
             logger.error(f"Run {name}, seed {seed}: not started, as a run that it needs failed.")
+            begin(name, seed)
             return 1
-        device = devices.get()
-        try:
-            return _run(study, name, seed, folder, jobs=jobs, device=device)
-        finally:
-            devices.put(device)
+        with places.take() as place:
+            begin(name, seed)
+            return _run(study, name, seed, folder, jobs=places.number, device=_device(place))
 
-    with ThreadPoolExecutor(jobs) as pool, starts_no_more(pool):
+    with ThreadPoolExecutor(places.number) as pool, starts_no_more(pool):
         for item in left:
             results[item] = pool.submit(run, *item)
+        if left:
+            all_have_begun.wait()
+            while going_on := [future for future in results.values() if not future.done()]:
+                if len(going_on) < places.number:
+                    meanwhile()
+                wait(going_on, return_when=FIRST_COMPLETED)
         return [item for item, future in results.items() if future.result()]
+
+
+def unfinished_runs(study: StudySpec, seed: int, folder: Path) -> list[str]:
+    """Names of the runs that have not left all that they will."""
+    return [name for name in study.runs if not _finished(folder, name, seed)]
 
 
 def _output(folder: Path, name: str, seed: int) -> Path:
@@ -238,13 +257,13 @@ def _finished(folder: Path, name: str, seed: int) -> bool:
     return (_output(folder, name, seed) / "metrics.json").is_file()
 
 
-def _device(number: int) -> dict[str, str]:
-    """Environment of the runs of one of the places that they take turns in: a GPU, if there are any."""
+def _device(place: int) -> dict[str, str]:
+    """Environment of the runs of a place: a GPU, if there are any."""
     if not torch.cuda.is_available():
         return {}
     seen = os.environ.get("CUDA_VISIBLE_DEVICES") or ",".join(map(str, range(torch.cuda.device_count())))
     gpus = seen.split(",")
-    return {"CUDA_VISIBLE_DEVICES": gpus[number % len(gpus)]}
+    return {"CUDA_VISIBLE_DEVICES": gpus[place % len(gpus)]}
 
 
 def _run(study: StudySpec, name: str, seed: int, folder: Path, *, jobs: int, device: Mapping[str, str]) -> int:

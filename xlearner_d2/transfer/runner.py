@@ -6,12 +6,12 @@ import os
 import platform
 import time
 from collections.abc import Iterator, Sequence
-from concurrent.futures import Executor, Future, ProcessPoolExecutor, as_completed
+from concurrent.futures import Executor, Future, ProcessPoolExecutor, ThreadPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
-from typing import Any
 
 import torch
 from threadpoolctl import threadpool_limits
@@ -22,6 +22,7 @@ from ..engine.provenance import git
 from ..engine.workers import end_with_parent
 from ..results.records import CellRecord, cell_file, read_record, read_records, write_record
 from .backbones import BackboneSpec, fingerprint
+from .places import Places
 from .protocols import run_protocol, trivial_value
 from .suite import Suite, parse_suite
 
@@ -146,8 +147,8 @@ def hardware(device: str) -> str:
 _suite: Suite
 
 
-def _start_worker(suite_file: str, opts: Sequence[str], counter: Any, jobs: int) -> None:
-    """Prepare a worker process; ``counter`` numbers them."""
+def _start_worker(suite_file: str, opts: Sequence[str], place: int, jobs: int) -> None:
+    """Prepare the worker process of one of so many places."""
     global _suite
     end_with_parent()
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
@@ -158,11 +159,8 @@ def _start_worker(suite_file: str, opts: Sequence[str], counter: Any, jobs: int)
     threadpool_limits(threads)  # of scikit-learn and of what it is built on
     logging.getLogger("detectron2").setLevel(logging.WARNING)
     logging.getLogger("fvcore").setLevel(logging.WARNING)
-    with counter.get_lock():
-        number = counter.value
-        counter.value += 1
     if torch.cuda.is_available():
-        torch.cuda.set_device(number % torch.cuda.device_count())
+        torch.cuda.set_device(place % torch.cuda.device_count())
     _suite = parse_suite(load_config(suite_file, opts))
     if _suite.cfg.MODEL.DEVICE == "cpu":
         keep_freed_memory()
@@ -182,21 +180,22 @@ def _work(cell: Cell, folder: Path) -> CellRecord:
 
 
 def run_cells(
-    cells: Sequence[Cell], *, suite_file: str, opts: Sequence[str], folder: Path, jobs: int
+    cells: Sequence[Cell], *, suite_file: str, opts: Sequence[str], folder: Path, places: Places
 ) -> dict[Cell, BaseException]:
     """Run cells in worker processes, log each as it ends, and return the errors of those that failed.
 
     Args:
         suite_file, opts: the suite, read again in each worker.
-        jobs: processes; on GPUs they are spread over the devices.
+        places: each has a worker of its own, from its first cell on.
     """
     failed: dict[Cell, BaseException] = {}
-    context = multiprocessing.get_context("spawn")
     started = time.monotonic()
-    initargs = (suite_file, tuple(opts), context.Value("i", 0), jobs)
-    pool = ProcessPoolExecutor(jobs, mp_context=context, initializer=_start_worker, initargs=initargs)
-    with pool, starts_no_more(pool):
-        futures = {pool.submit(_work, cell, folder): cell for cell in cells}
+    with (
+        _Workers(suite_file, opts, folder, places) as workers,
+        ThreadPoolExecutor(places.number) as pool,
+        starts_no_more(pool),
+    ):
+        futures = {pool.submit(workers.run, cell): cell for cell in cells}
         for done, (cell, future) in enumerate(_as_completed(futures), 1):
             left = (time.monotonic() - started) / done * (len(cells) - done)
             progress = f"[{done}/{len(cells)}, {timedelta(seconds=round(left))} left]"
@@ -208,6 +207,39 @@ def run_cells(
             record = future.result()
             logger.info(f"{progress} {cell}: {record.metric} {record.value:.1f} in {record.seconds:.0f} s")
     return failed
+
+
+class _Workers:
+    """A process for each place that has been taken; one that dies takes its cell with it, but not the next."""
+
+    def __init__(self, suite_file: str, opts: Sequence[str], folder: Path, places: Places):
+        self._suite = (suite_file, tuple(opts))
+        self._folder = folder
+        self._places = places
+        self._workers: dict[int, ProcessPoolExecutor] = {}
+
+    def run(self, cell: Cell) -> CellRecord:
+        """Wait for a place, and measure a cell in its process."""
+        with self._places.take() as place:
+            if place not in self._workers:
+                self._workers[place] = self._start(place)
+            try:
+                return self._workers[place].submit(_work, cell, self._folder).result()
+            except BrokenProcessPool:
+                self._workers.pop(place).shutdown()
+                raise
+
+    def _start(self, place: int) -> ProcessPoolExecutor:
+        context = multiprocessing.get_context("spawn")
+        initargs = (*self._suite, place, self._places.number)
+        return ProcessPoolExecutor(1, mp_context=context, initializer=_start_worker, initargs=initargs)
+
+    def __enter__(self) -> "_Workers":
+        return self
+
+    def __exit__(self, *_error: object) -> None:
+        for worker in self._workers.values():
+            worker.shutdown()
 
 
 @contextmanager
