@@ -123,6 +123,14 @@ def test_image_folder_equals_torchvision(tmp_path: Path) -> None:
     assert (metadata.classes, metadata.evaluator_type) == (oracle.classes, "classification")
 
 
+def test_files_that_are_not_taken_for_images_are_told(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    write_folder(tmp_path)
+    for name in ("a.jfif", "b.jfif", "notes.txt", "._c.gif"):
+        (tmp_path / "folder/train/cat" / name).write_bytes(b"")
+    assert len(read(FOLDER_SPEC, tmp_path)) == 3
+    assert "data set 'x_folder': files of other suffixes are not read: 2 .jfif. Known: .jpg" in caplog.text
+
+
 def test_image_folder_in_a_given_order_with_an_empty_class(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     write_folder(tmp_path)
     records = read(changed(FOLDER_SPEC, classes=("dog", "ant", "cat")), tmp_path)

@@ -227,6 +227,17 @@ def test_turned_by_exif_like_detectron2(tmp_path: Path) -> None:
     assert mapper({key: record[key] for key in ("file_name", "height", "width")})["image"].shape == (3, 8, 12)
 
 
+def test_a_size_of_the_picture_as_stored_is_told_apart(tmp_path: Path) -> None:
+    (record,) = make_records(tmp_path, 1)
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    Image.new("RGB", (12, 8)).save(record["file_name"], exif=exif)
+    told = "is 8 x 12 pixels, but its annotation says 12 x 8. An EXIF tag turns it by a right angle"
+    assert told in check([record])[0]
+    Image.new("RGB", (8, 12)).save(record["file_name"])
+    assert check([record])[0].endswith("is 8 x 12 pixels, but its annotation says 12 x 8.")
+
+
 def test_broken_exif_is_no_damage_as_for_detectron2(tmp_path: Path) -> None:
     (record,) = make_records(tmp_path, 1)
     record["file_name"] = str(tmp_path / "broken.jpg")

@@ -51,6 +51,10 @@ def test_every_form_of_a_list(form: str, tmp_path: Path) -> None:
     assert listed(tmp_path, FORMS[form]) == [("a.jpg", "heron"), ("b.jpg", "stork")]
 
 
+def test_a_first_line_with_an_image_of_another_kind_is_no_header(tmp_path: Path) -> None:
+    assert listed(tmp_path, "a.jfif,heron\nb.gif,stork\n") == [("a.jfif", "heron"), ("b.gif", "stork")]
+
+
 def test_text_with_spaces_in_paths_and_labels(tmp_path: Path) -> None:
     found = listed(tmp_path, "my birds/a 1.jpg grey heron\nmy birds/b.JPEG stork\n")
     assert found == [("my birds/a 1.jpg", "grey heron"), ("my birds/b.JPEG", "stork")]
@@ -60,6 +64,17 @@ def test_text_with_spaces_in_paths_and_labels(tmp_path: Path) -> None:
 def test_columns_by_name_or_number(columns: tuple[Any, ...], tmp_path: Path) -> None:
     text = "species,label,picture\nheron,1,a.jpg\nstork,2,b.jpg\n"
     assert listed(tmp_path, text, changed(SPEC, columns=columns)) == [("a.jpg", "heron"), ("b.jpg", "stork")]
+
+
+@pytest.mark.parametrize("separator", [",", ";", "\t"])
+def test_columns_that_are_not_asked_for_are_no_part_of_a_label(separator: str, tmp_path: Path) -> None:
+    rows = [("file_name", "species", "place"), ("a.jpg", "grey heron", "lake"), ("b.jpg", "stork", "pond")]
+    text = "".join(separator.join(row) + "\n" for row in rows)
+    found = [("a.jpg", "grey heron"), ("b.jpg", "stork")]
+    assert listed(tmp_path, text, changed(SPEC, columns=("file_name", "species"))) == found
+    assert listed(tmp_path, text.partition("\n")[2], changed(SPEC, columns=(0, 1))) == found
+    with pytest.raises(ConfigError, match="give those of the path and of the label as COLUMNS"):
+        listed(tmp_path, text)
 
 
 def test_columns_without_a_header(tmp_path: Path) -> None:

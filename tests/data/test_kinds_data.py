@@ -208,6 +208,15 @@ def test_wrong_depth_map(depth: dict[str, Any], values: np.ndarray, match: str) 
     assert [match in line for line in check(depth)] == [True]
 
 
+@pytest.mark.parametrize(("metres", "told"), [(2.0, False), (0.002, True), (2000.0, True), (0.1, False)])
+def test_depths_of_another_scale(
+    depth: dict[str, Any], caplog: pytest.LogCaptureFixture, metres: float, told: bool
+) -> None:
+    write(depth, np.full((HEIGHT, WIDTH), 1000 * metres))
+    assert check(depth) == []
+    assert ("Is SCALE right?" in caplog.text) == told
+
+
 def test_damaged_depth_map(depth: dict[str, Any]) -> None:
     Path(depth["depth_file_name"]).write_bytes(b"no image")
     assert "depth.png cannot be read" in check(depth)[0]

@@ -91,6 +91,26 @@ def test_a_name_that_is_in_two_folders_needs_its_folder(tmp_path: Path) -> None:
         read(spec, tmp_path)
 
 
+def test_a_list_takes_no_file_of_another_folder(tmp_path: Path) -> None:
+    """Frames have the same names in each video."""
+    for video in ("a", "b"):
+        save_image(tmp_path / f"sem/images/{video}/1.jpg")
+    save_label(tmp_path / "sem/labels/a/1.png", np.zeros((8, 12)))
+    (tmp_path / "list.txt").write_text("b/1\n")
+    with pytest.raises(ConfigError, match=r"LIST has 'b/1', but .*sem/labels has no label PNG of that name"):
+        read(changed(SEM_SPEC, classes=("x",), list="list.txt"), tmp_path)
+
+
+def test_images_and_labels_in_one_folder(tmp_path: Path) -> None:
+    save_image(tmp_path / "all/1.jpg")
+    save_label(tmp_path / "all/1.png", np.zeros((8, 12)))
+    spec = changed(SEM_SPEC, images="all", labels="all", classes=("x",), image_suffix=".jpg")
+    (record,) = read(spec, tmp_path)
+    assert (record["file_name"], record["sem_seg_file_name"]) == (f"{tmp_path}/all/1.jpg", f"{tmp_path}/all/1.png")
+    with pytest.raises(ConfigError, match="differ in their suffix alone"):
+        read(changed(spec, image_suffix=""), tmp_path)
+
+
 def map_label(record: dict[str, Any]) -> list[list[int]]:
     """As Detectron2's own mapper gives it to a model."""
     mapper = DatasetMapper(get_cfg(), is_train=True, augmentations=[], image_format="BGR")

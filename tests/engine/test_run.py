@@ -15,6 +15,7 @@ from detectron2.modeling import build_model
 
 from xlearner_d2.checkpoint.load import read_checkpoint
 from xlearner_d2.engine import launch, trainer
+from xlearner_d2.engine import run as running
 from xlearner_d2.engine.plan import make_plan
 from xlearner_d2.engine.squeeze import build_squeeze_hook, load_teacher
 from xlearner_d2.engine.squeeze_settings import squeeze_config
@@ -67,6 +68,46 @@ def test_one_run_leaves_everything_a_user_needs(finished):
     log = (out / "log.txt").read_text()
     assert "trivial predictor" in log
     assert "use " + str(out / "student_d2.pth") + " as MODEL.WEIGHTS" in log
+
+
+def test_images_without_objects_are_told_here_and_in_the_log(project, capfd):
+    file = project.root / "data/boxes.json"
+    boxes = json.loads(file.read_text())
+    boxes["annotations"] = boxes["annotations"][2:]
+    file.write_text(json.dumps(boxes))
+    told = "XLEARNER.SOURCES.boxes.TRAIN ['t_boxes']: 2 of 8 images have no object to learn from and are left out."
+    keep = ["XLEARNER.STAGE", "expand", "SOLVER.MAX_ITER", 1]
+    without_extras(project).run(*keep)
+    assert (project.root / "out/log.txt").read_text().count(told) == 1
+    assert capfd.readouterr().err.count(told) <= 1  # once where no earlier run in this process has set up logs
+    opts = project.content["XLEARNER"]["SOURCES"]["boxes"]["OPTS"]
+    opts += ["DATALOADER.FILTER_EMPTY_ANNOTATIONS", False]
+    project.write(project.content)
+    project.run(*keep, "OUTPUT_DIR", project.root / "all")
+    assert told not in (project.root / "all/log.txt").read_text()
+
+
+def test_machines_whose_copies_differ(finished, monkeypatch):
+    monkeypatch.setenv("DETECTRON2_DATASETS", str(finished.root / "data"))
+    plan = make_plan(finished.load("OUTPUT_DIR", finished.root / "other"), world_size=1)
+    here = {f"XLEARNER.SOURCES.{name}.{part}": 8 for name in plan.data for part in ("TRAIN", "TEST")}
+    others = [("b", here), ("c", {**here, "XLEARNER.SOURCES.pics.TRAIN": 7})] * 2
+    monkeypatch.setattr(running.comm, "all_gather", lambda own: [("a", own[1]), *others])
+    with pytest.raises(ConfigError) as caught:
+        running._check_same_data(plan)
+    assert caught.value.problems == [
+        "XLEARNER.SOURCES.pics.TRAIN has 8 images on a, but 7 on c: are both copies whole?"
+    ]
+
+
+def test_data_sets_that_nothing_names_need_not_be_there(project):
+    project.content["XLEARNER"]["DATASETS"]["elsewhere"] = {"FORMAT": "coco", "IMAGES": "no", "ANNOTATIONS": "no.json"}
+    project.write(project.content)
+    assert "elsewhere" not in project.dry_run()
+    project.content["XLEARNER"]["SOURCES"]["boxes"]["TEST"] = ["elsewhere"]
+    project.write(project.content)
+    with pytest.raises(ConfigError, match="data set 'elsewhere'"):
+        project.dry_run()
 
 
 def test_each_stage_logs_its_losses_and_its_learning_rate(finished):

@@ -13,6 +13,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable
+from concurrent.futures import CancelledError
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -397,6 +398,36 @@ def test_runs_that_are_never_started_are_not_waited_for(tmp_path: Path, started:
     failed = run_pretraining(chain(), [0], tmp_path, places=Places(2), meanwhile=idle)
     assert failed == [("bad", 0), ("never", 0)]
     run_pretraining(some_runs("first", "third"), [0], tmp_path, places=Places(2), meanwhile=never)  # all are finished
+
+
+def test_an_error_in_a_run_that_others_need_ends_the_study(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It does not wait for ever for the others to begin."""
+
+    def run(command: list[str], **options: Any) -> SimpleNamespace:
+        raise OSError("the disk is full")
+
+    monkeypatch.setattr(pretraining, "subprocess", SimpleNamespace(run=run))
+    with pytest.raises(OSError, match="the disk is full"):
+        run_pretraining(chain(), [0], tmp_path, places=Places(2), meanwhile=idle)
+
+
+def test_who_waits_for_a_place_gets_none_once_they_are_closed() -> None:
+    places, errors = Places(1), []
+
+    def take() -> None:
+        try:
+            with places.take():
+                errors.append("taken")
+        except CancelledError:
+            errors.append("cancelled")
+
+    with places.take():
+        waiting = threading.Thread(target=take)
+        waiting.start()
+        places.close()
+    waiting.join(timeout=30)
+    take()
+    assert errors == ["cancelled", "cancelled"]
 
 
 def test_a_run_is_given_the_folder_of_the_one_that_it_needs(tmp_path: Path) -> None:

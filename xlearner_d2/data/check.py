@@ -21,6 +21,7 @@ from .check_pixels import (
     check_label,
     check_masks,
     check_segments,
+    tell_far,
     tell_unlabelled,
     tell_unseen,
     words,
@@ -78,6 +79,7 @@ def check_records(name: str, records: Sequence[Record], metadata: Metadata, *, m
         for kind, text in findings:
             problems.add(kind, text)
     _tell_turned(problems, len(present))
+    tell_far(problems, len(present))
     tell_unlabelled(problems, len(present))
     tell_unseen(problems, metadata)
     return problems.lines()
@@ -247,6 +249,8 @@ def _decode(record: Record, metadata: Metadata) -> list[Finding]:
     expected = (record.get("width", width), record.get("height", height))
     if expected != (width, height):
         text = f"{file} is {width} x {height} pixels, but its annotation says {expected[0]} x {expected[1]}."
+        if expected == (height, width) and turned in _EXIF_TRANSPOSED:
+            text += " An EXIF tag turns it by a right angle: are its boxes and labels those of the picture as stored?"
         findings.append(("wrong image sizes", text))
     placed = record.get("annotations") or any(key in record for key in _FILE_KEYS[1:])
     if placed and turned in (_EXIF_MIRRORED if width != height else _EXIF_MIRRORED + _EXIF_TRANSPOSED):

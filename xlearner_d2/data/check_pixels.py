@@ -24,6 +24,9 @@ Record = dict[str, Any]
 Finding = tuple[str, str]  # kind and text of a problem
 _UNLABELLED_KIND = "label images without a label"
 _SEEN_KIND = "classes that occur in label images"
+_FAR_KIND = "depths that are all near or far"
+#: What a depth head learns from by default, in metres (MODEL.DEPTH_HEAD.RANGE).
+_NEAR, _FAR = 0.1, 100.0
 #: What Pillow's decoders raise for damaged files, depending on the format.
 DECODE_ERRORS = (
     OSError,
@@ -82,6 +85,15 @@ def tell_unlabelled(problems: Problems, decoded: int) -> None:
     if found := problems.pop(_UNLABELLED_KIND):
         text = "%s: nothing is learned from %d of the %d label images that were decoded: %s"
         logger.warning(text, problems.subject, len(found), decoded, found[0])
+
+
+def tell_far(problems: Problems, decoded: int) -> None:
+    """Depths that are all near or far are no error, as of a microscope, but a head leaves them out as it is set."""
+    if found := problems.pop(_FAR_KIND):
+        text = (
+            "%s: %d of the %d depth maps that were decoded have no depth from %g to %g m, such as %s. Is SCALE right?"
+        )
+        logger.warning(text, problems.subject, len(found), decoded, _NEAR, _FAR, found[0])
 
 
 def tell_unseen(problems: Problems, metadata: Metadata) -> None:
@@ -156,8 +168,11 @@ def check_depth(record: Record, size: tuple[int, int]) -> list[Finding]:
     except DECODE_ERRORS as error:
         return [("damaged depth maps", f"{file} cannot be read: {words(error)}.")]
     findings = _check_size(file, depth, size)
-    if not depth.any():
+    known = depth[depth > 0]
+    if not known.size:
         findings.append(("empty depth maps", f"{file} has no positive value, but some known depth is expected."))
+    elif known.max() < _NEAR or known.min() > _FAR:
+        findings.append((_FAR_KIND, f"{file} with {known.min():.3g} to {known.max():.3g} m"))
     return findings
 
 

@@ -1,4 +1,4 @@
-"""Batches on their way from the processes that read them: all arrays of one in a single block of shared memory."""
+"""Batches on their way from the processes that read them: all that they hold in a single block of shared memory."""
 
 import functools
 import io
@@ -11,47 +11,57 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-#: Every array begins at a multiple of so many bytes, which is as PyTorch aligns what it allocates.
+#: Every tensor and array begins at a multiple of so many bytes, as PyTorch aligns what it allocates.
 ALIGNMENT = 64
 
 
 class PackedBatch:
-    """Anything that can be pickled, its tensors and arrays in one block of bytes.
+    """Anything that can be pickled, the contents of its tensors and arrays in one block of bytes.
 
     PyTorch's loaders hand over each tensor by itself: a file descriptor, for which the processes connect to each other
-    and prove who they are, which takes a third of a millisecond on both sides. A batch of 24 images with boxes has 72
-    tensors (docs/SPEED.md).
+    and prove who they are, a third of a millisecond on both sides (docs/SPEED.md).
 
     Args:
-        batch: what :meth:`unpack` gives again. Its tensors come back without strides of their own and without sharing
-            memory with each other; tensors that NumPy has no type for are pickled as PyTorch does it.
+        batch: what :meth:`unpack` gives again, its tensors contiguous. Those that learn, or are sparse or quantised,
+            are pickled as PyTorch does it.
     """
 
     def __init__(self, batch: Any):
         buffers: list[pickle.PickleBuffer] = []
-        pickled = io.BytesIO()
-        _Pickler(pickled, protocol=5, buffer_callback=buffers.append).dump(batch)
-        parts = [buffer.raw() for buffer in buffers]
-        self._pickled = pickled.getvalue()
-        self._sizes = [part.nbytes for part in parts]
-        self._bytes = torch.empty(sum(map(_aligned, self._sizes)), dtype=torch.uint8).share_memory_()
-        for place, part in zip(self._places(), parts, strict=True):
-            place[:] = part
+        stream = io.BytesIO()
+        pickler = _Pickler(stream, buffers)
+        pickler.dump(batch)
+        tensors, arrays = pickler.tensors, [buffer.raw() for buffer in buffers]
+        self._pickled = stream.getvalue()
+        self._kinds = [(tensor.dtype, tensor.shape) for tensor in tensors]
+        self._sizes = [tensor.nbytes for tensor in tensors] + [array.nbytes for array in arrays]
+        self._block = torch.empty(sum(map(_aligned, self._sizes)), dtype=torch.uint8).share_memory_()
+        for place, tensor in zip(self._tensors(), tensors, strict=True):
+            place.copy_(tensor)
+        for part, array in zip(self._arrays(), arrays, strict=True):
+            part[:] = array
 
     def unpack(self) -> Any:
-        """The batch; its tensors are views of the block."""
-        return pickle.loads(self._pickled, buffers=self._places())
+        """The batch; its tensors and arrays are views of the block."""
+        return _Unpickler(io.BytesIO(self._pickled), self._tensors(), self._arrays()).load()
 
-    def pin_memory(self, *_device: Any) -> "PackedBatch":
+    def pin_memory(self) -> "PackedBatch":
         """In page-locked memory, as PyTorch's loaders ask for before a batch goes to a GPU."""
-        self._bytes = self._bytes.pin_memory()
+        self._block = self._block.pin_memory()
         return self
 
-    def _places(self) -> Iterator[memoryview]:
-        """Where each array is."""
-        block = memoryview(self._bytes.numpy())
-        ends = itertools.accumulate(map(_aligned, self._sizes), initial=0)
-        return (block[start : start + size] for start, size in zip(ends, self._sizes, strict=False))
+    def _tensors(self) -> list[Tensor]:
+        """Views of PyTorch's, which keep pinned memory until a copy to a GPU has read it; others would not."""
+        places = zip(self._parts(), self._kinds, strict=False)
+        return [part.view(dtype).view(shape) for part, (dtype, shape) in places]
+
+    def _arrays(self) -> list[memoryview]:
+        return [part.numpy().data for part in itertools.islice(self._parts(), len(self._kinds), None)]
+
+    def _parts(self) -> Iterator[Tensor]:
+        """Bytes of each tensor, then of each array."""
+        starts = itertools.accumulate(map(_aligned, self._sizes), initial=0)
+        return (self._block[start : start + size] for start, size in zip(starts, self._sizes, strict=False))
 
 
 def _aligned(size: int) -> int:
@@ -60,15 +70,35 @@ def _aligned(size: int) -> int:
 
 
 class _Pickler(pickle.Pickler):
-    """Takes tensors for NumPy's arrays, which pickle outside of the stream."""
+    """Leaves out what tensors hold: each is known by its number in ``tensors``."""
 
-    def reducer_override(self, found: Any) -> Any:
-        if type(found) is not Tensor or found.requires_grad:
-            return NotImplemented
-        try:
-            return torch.from_numpy, (found.contiguous().numpy(),)
-        except (TypeError, RuntimeError):  # such as bfloat16, sparse, or of a GPU
-            return NotImplemented
+    def __init__(self, stream: io.BytesIO, buffers: list[pickle.PickleBuffer]):
+        super().__init__(stream, protocol=5, buffer_callback=buffers.append)
+        self.tensors: list[Tensor] = []
+        self._numbers: dict[int, int] = {}
+
+    def persistent_id(self, found: Any) -> int | None:
+        if type(found) is not Tensor or not _is_plain(found):
+            return None
+        if id(found) not in self._numbers:
+            self._numbers[id(found)] = len(self.tensors)
+            self.tensors.append(found)
+        return self._numbers[id(found)]
+
+
+class _Unpickler(pickle.Unpickler):
+    def __init__(self, stream: io.BytesIO, tensors: Sequence[Tensor], arrays: Sequence[memoryview]):
+        super().__init__(stream, buffers=arrays)
+        self._tensors = tensors
+
+    def persistent_load(self, number: int) -> Tensor:
+        return self._tensors[number]
+
+
+def _is_plain(tensor: Tensor) -> bool:
+    """Whether its contents, dtype and shape are all there is to it."""
+    is_dense = tensor.device.type == "cpu" and tensor.layout == torch.strided and not tensor.is_quantized
+    return is_dense and not tensor.requires_grad
 
 
 def _pack(collate: Callable[[Sequence[Any]], Any], records: Sequence[Any]) -> PackedBatch:
@@ -80,7 +110,8 @@ class PackingLoader(DataLoader[Any]):
 
     Args:
         dataset, num_workers, options: as PyTorch's.
-        collate_fn: makes a batch of a list of records.
+        collate_fn: makes a batch of a list of records; the loader's attribute of that name also packs it where there
+            are processes.
     """
 
     def __init__(

@@ -1,5 +1,6 @@
 """The sources' data: registered, read once, and checked as a whole before anything is built."""
 
+import logging
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -15,6 +16,8 @@ from .check import check_records, check_same_classes
 from .files import shown
 from .proposals import proposal_files, with_proposals
 from .subset import share_of_records
+
+logger = logging.getLogger(__name__)
 
 Records = list[dict[str, Any]]
 #: Setting of a head that learns something of every object -> where an object has it, in words, and a cure.
@@ -39,21 +42,24 @@ class SourceData:
 
 
 def register_sources(cfg: CfgNode, sources: Sequence[SourceSpec], probes: Sequence[ProbeSpec]) -> None:
-    """Register ``XLEARNER.DATASETS`` and see that every data set that sources and probes name is known.
+    """Register the ``XLEARNER.DATASETS`` that sources and probes name, and see that all that they name are known.
+
+    Others need not be there, as a list that several configs share may have more than one machine holds.
 
     Raises:
         ConfigError: with all problems, each unknown name with its nearest known one.
     """
     problems: list[str] = []
     specs = parse_datasets(cfg.XLEARNER.DATASETS, problems)
-    try:
-        register_datasets(specs, dataset_root())
-    except ConfigError as error:
-        problems += error.problems
-    known = {*DatasetCatalog.list(), *(spec.name for spec in specs)}  # one that failed to register is known, too
     wanted = [(f"SOURCES.{s.name}.TRAIN", name) for s in sources for name in s.train]
     wanted += [(f"SOURCES.{s.name}.TEST", name) for s in sources for name in s.test]
     wanted += [(f"PROBES.{p.name}", name) for p in probes for name in (p.train, p.test)]
+    used = {name for _, name in wanted}
+    try:
+        register_datasets([spec for spec in specs if spec.name in used], dataset_root())
+    except ConfigError as error:
+        problems += error.problems
+    known = {*DatasetCatalog.list(), *(spec.name for spec in specs)}  # one that failed to register is known, too
     problems += [
         f"XLEARNER.{where} names the unknown data set {name!r}.{nearest(name, known)}"
         for where, name in wanted
@@ -179,6 +185,13 @@ def _usable(records: Records, source: SourceSpec, head: CfgNode) -> Records:
             f"{where}: no image has {fewest} visible keypoint(s) (MODEL.ROI_KEYPOINT_HEAD.MIN_KEYPOINTS_PER_IMAGE)."
         )
         raise ConfigError([message], what="The data")
+    if len(kept) < len(records):
+        text = (
+            "%s: %d of %d images have no object to learn from and are left out. To learn from them as background, set "
+        )
+        logger.warning(
+            text + "DATALOADER.FILTER_EMPTY_ANNOTATIONS False in OPTS.", where, len(records) - len(kept), len(records)
+        )
     return kept
 
 

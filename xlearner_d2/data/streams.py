@@ -16,9 +16,9 @@ def seed_of(*parts: object) -> int:
     return zlib.crc32("/".join(map(str, parts)).encode())
 
 
-def permutation(size: int, seed: int) -> list[int]:
-    """The numbers below ``size`` in an order that the seed decides."""
-    return torch.randperm(size, generator=torch.Generator().manual_seed(seed)).tolist()
+def permutation(size: int, seed: int) -> np.ndarray:
+    """The numbers below ``size`` in an order that the seed decides; (size,), int64."""
+    return torch.randperm(size, generator=torch.Generator().manual_seed(seed)).numpy()
 
 
 class Stream(Protocol):
@@ -31,16 +31,16 @@ class Stream(Protocol):
 class _Epochs:
     """A stream cut into epochs, of which the latest one is kept."""
 
-    def __init__(self, length: int, order: Callable[[int], list[int]]):
+    def __init__(self, length: int, order: Callable[[int], np.ndarray]):
         self.length = length
         self._order = order
-        self._latest: tuple[int, list[int]] = (-1, [])
+        self._latest: tuple[int, np.ndarray] = (-1, np.empty(0, dtype=np.int64))
 
     def __getitem__(self, position: int) -> int:
         epoch, offset = divmod(position, self.length)
         if self._latest[0] != epoch:
             self._latest = (epoch, self._order(epoch))
-        return self._latest[1][offset]
+        return int(self._latest[1][offset])
 
 
 class Shuffled:
@@ -77,13 +77,13 @@ class RepeatFactor:
         self.length = length
         self._epochs = _Epochs(length, self._order)
 
-    def _order(self, epoch: int) -> list[int]:
+    def _order(self, epoch: int) -> np.ndarray:
         generator = np.random.default_rng(seed_of(*self._seed, "repeat", epoch))
         images = generator.permutation(len(self._shares))
         edges = np.cumsum(self._shares[images])
         edges[-1] = self.length  # exactly, so that rounding loses no image
         counts = np.diff(np.floor(edges + generator.random()).astype(int), prepend=0)
-        return generator.permutation(np.repeat(images, counts)).tolist()
+        return generator.permutation(np.repeat(images, counts))
 
     def draw(self, position: int) -> tuple[int, int]:
         return self._epochs[position], position

@@ -5,8 +5,9 @@ import fcntl
 import json
 import logging
 import os
+import socket
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
@@ -61,13 +62,61 @@ def run(cfg: CfgNode, args: argparse.Namespace) -> dict[str, Any]:
         RunStopped: when a signal or a full disk ends the run, or a loss is not finite.
     """
     with ending_on_signals(), stopping_when_full():
-        plan, description = validate(cfg, args, world_size=comm.get_world_size())
+        with _keeping_warnings() as warnings:
+            plan, description = validate(cfg, args, world_size=comm.get_world_size())
         wait_for_all()  # nothing is written before every worker has found the config and the data to be as needed
+        _check_same_data(plan)
         with nullcontext() if args.eval_only else alone_in(plan.cfg.OUTPUT_DIR):
             if not args.eval_only and comm.is_main_process():  # another run may have ended since
                 check_output(plan, resume=args.resume)
-            _set_up(plan, args, description)
+            _set_up(plan, args, description, warnings)
             return _run(plan, args)
+
+
+def _check_same_data(plan: Plan) -> None:
+    """Workers draw images by their number, so each needs the same ones."""
+    own = {
+        f"XLEARNER.SOURCES.{source}.{part}": count
+        for source, data in plan.data.items()
+        for part, count in (("TRAIN", len(data.train)), ("TEST", sum(map(len, data.test.values()))))
+    }
+    (first, counts), *others = comm.all_gather((socket.gethostname(), own))
+    problems = [
+        f"{where} has {counts[where]} images on {first}, but {found[where]} on {host}: are both copies whole?"
+        for host, found in others
+        for where in counts
+        if found[where] != counts[where]
+    ]
+    if problems:
+        raise ConfigError(list(dict.fromkeys(problems)), what="The data")  # a machine has several workers
+
+
+class _Keeper(logging.Handler):
+    """Keeps warnings that come before there is a folder to log into, and shows them as Python does without it."""
+
+    def __init__(self, *, shows: bool):
+        super().__init__(logging.WARNING)
+        self.records: list[logging.LogRecord] = []
+        self._shows = shows
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.records.append(record)
+        if self._shows and logging.lastResort:
+            logging.lastResort.handle(record)
+
+
+@contextmanager
+def _keeping_warnings() -> Iterator[Sequence[logging.LogRecord]]:
+    """Such as those about the data, for the run's log."""
+    of = [logging.getLogger(name) for name in LOGGED]
+    keeper = _Keeper(shows=not any(logger.hasHandlers() for logger in of))
+    for logger_ in of:
+        logger_.addHandler(keeper)
+    try:
+        yield keeper.records
+    finally:
+        for logger_ in of:
+            logger_.removeHandler(keeper)
 
 
 @contextmanager
@@ -113,8 +162,8 @@ def _run(plan: Plan, args: argparse.Namespace) -> dict[str, Any]:
     return metrics
 
 
-def _set_up(plan: Plan, args: argparse.Namespace, description: str) -> None:
-    """Logs, the copy of the config, and threads."""
+def _set_up(plan: Plan, args: argparse.Namespace, description: str, warnings: Sequence[logging.LogRecord]) -> None:
+    """Logs, which begin with the warnings so far, and the copy of the config."""
     folder, changes = plan.cfg.OUTPUT_DIR, ""
     if comm.is_main_process():
         os.makedirs(folder, exist_ok=True)
@@ -123,10 +172,13 @@ def _set_up(plan: Plan, args: argparse.Namespace, description: str) -> None:
             keep_config(plan.cfg)
     comm.synchronize()
     logging.raiseExceptions = False  # a log that cannot be written must not hide why
-    for name in ("fvcore", "detectron2", "xlearner_d2"):
+    for name in LOGGED:
         _log_into(folder, name)
+    for handler in (handler for handler in _handlers["xlearner_d2"] if _is_file(handler)):
+        for record in warnings:
+            handler.handle(record)
     for handler in logging.getLogger("detectron2").handlers:
-        if getattr(handler, "stream", None) is sys.stdout:  # an error is shown once, where the run ends
+        if not _is_file(handler):  # an error is shown once, where the run ends
             handler.addFilter(lambda record: not record.exc_info)
     logger.info(f"Command: {args}")
     logger.info(f"Workers: {describe_workers()}.")
@@ -135,6 +187,12 @@ def _set_up(plan: Plan, args: argparse.Namespace, description: str) -> None:
         logger.warning(changes)
 
 
+def _is_file(handler: logging.Handler) -> bool:
+    return getattr(handler, "stream", None) is not sys.stdout
+
+
+#: Whose lines are in the log of a run.
+LOGGED = ("fvcore", "detectron2", "xlearner_d2")
 #: Handlers of an earlier run in this process, by logger.
 _handlers: dict[str, list[logging.Handler]] = {}
 

@@ -63,7 +63,7 @@ class PresentClassesVOCEvaluator(PascalVOCDetectionEvaluator):
             except (AttributeError, TypeError, ValueError) as error:
                 raise ValueError(
                     f"{file}: Pascal VOC evaluation needs name, pose, truncated, difficult and a bndbox of whole "
-                    f"numbers for each object ({error})."
+                    f"numbers for each object ({error}). Set EVALUATION: coco."
                 ) from error
             names |= {item["name"] for item in objects if not item["difficult"]}
         return names

@@ -19,6 +19,7 @@ from typing import Any, TextIO
 import torch
 import yaml
 
+from ..checkpoint.files import write_atomically
 from ..config import check_config_file, load_config
 from ..engine.explain import results_of
 from ..engine.plan import EXPANDED_FILE, STUDENT_FILE, Plan, make_plan
@@ -222,17 +223,22 @@ def run_pretraining(
             all_have_begun.set()
 
     def run(name: str, seed: int) -> int:
+        try:
+            return start(name, seed)
+        finally:
+            begin(name, seed)  # whatever happened, nobody waits for it any more
+
+    def start(name: str, seed: int) -> int:
         # A run starts after those that it needs, which stand above it, so waiting for them never waits for itself.
         needed = [results[other, seed] for other in _needs(study.runs[name]) if (other, seed) in results]
         if any(future.result() for future in needed):
             logger.error(f"Run {name}, seed {seed}: not started, as a run that it needs failed.")
-            begin(name, seed)
             return 1
         with places.take() as place:
             begin(name, seed)
             return _run(study, name, seed, folder, jobs=places.number, device=_device(place))
 
-    with ThreadPoolExecutor(places.number) as pool, starts_no_more(pool):
+    with ThreadPoolExecutor(places.number) as pool, starts_no_more(pool, places):
         for item in left:
             results[item] = pool.submit(run, *item)
         if left:
@@ -310,4 +316,4 @@ def _acquire(lock: TextIO) -> None:
 def _add_cost(path: Path, seconds: float, threads: int) -> None:
     """Add to the time that earlier attempts took; that of one that was killed from outside is not known."""
     before = json.loads(path.read_text(encoding="utf-8"))["seconds"] if path.is_file() else 0
-    path.write_text(json.dumps({"seconds": before + round(seconds), "threads": threads}) + "\n", encoding="utf-8")
+    write_atomically(json.dumps({"seconds": before + round(seconds), "threads": threads}) + "\n", path)

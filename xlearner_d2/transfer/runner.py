@@ -193,7 +193,7 @@ def run_cells(
     with (
         _Workers(suite_file, opts, folder, places) as workers,
         ThreadPoolExecutor(places.number) as pool,
-        starts_no_more(pool),
+        starts_no_more(pool, places),
     ):
         futures = {pool.submit(workers.run, cell): cell for cell in cells}
         for done, (cell, future) in enumerate(_as_completed(futures), 1):
@@ -209,6 +209,10 @@ def run_cells(
     return failed
 
 
+#: So many workers that die one after another have a reason that the next one will have, too.
+MOST_DEATHS = 3
+
+
 class _Workers:
     """A process for each place that has been taken; one that dies takes its cell with it, but not the next."""
 
@@ -217,17 +221,23 @@ class _Workers:
         self._folder = folder
         self._places = places
         self._workers: dict[int, ProcessPoolExecutor] = {}
+        self._deaths = 0
 
     def run(self, cell: Cell) -> CellRecord:
         """Wait for a place, and measure a cell in its process."""
         with self._places.take() as place:
+            if self._deaths >= MOST_DEATHS:
+                raise BrokenProcessPool(f"not started, as {MOST_DEATHS} workers died one after another")
             if place not in self._workers:
                 self._workers[place] = self._start(place)
             try:
-                return self._workers[place].submit(_work, cell, self._folder).result()
+                record = self._workers[place].submit(_work, cell, self._folder).result()
             except BrokenProcessPool:
                 self._workers.pop(place).shutdown()
+                self._deaths += 1
                 raise
+            self._deaths = 0
+            return record
 
     def _start(self, place: int) -> ProcessPoolExecutor:
         context = multiprocessing.get_context("spawn")
@@ -243,12 +253,13 @@ class _Workers:
 
 
 @contextmanager
-def starts_no_more(pool: Executor) -> Iterator[None]:
-    """Ctrl-C: without this, leaving the pool would first do all that waits in it."""
+def starts_no_more(pool: Executor, places: Places) -> Iterator[None]:
+    """Ctrl-C: without this, leaving the pool would first do all that waits in it, or for a place."""
     try:
         yield
     except KeyboardInterrupt:
         logger.info("Stopping as soon as what runs has ended; the same command goes on from there.")
+        places.close()
         pool.shutdown(cancel_futures=True)
         raise
 

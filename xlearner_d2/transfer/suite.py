@@ -269,14 +269,15 @@ def parse_suite(cfg: CfgNode) -> Suite:
     cfg.freeze()
     problems = check_networks(cfg, [])
     datasets = {spec.name: spec for spec in parse_datasets(cfg.XLEARNER.DATASETS, problems)}
-    try:
-        register_datasets(list(datasets.values()), dataset_root())
-    except ConfigError as error:
-        problems += error.problems
     protocols = _parse_all(ProtocolSpec, cfg.TRANSFER.PROTOCOLS, "TRANSFER.PROTOCOLS", problems)
     for name, protocol in protocols.items():
         problems += _check_protocol(protocol, f"TRANSFER.PROTOCOLS.{name}")
     sets = _parse_all(SetSpec, cfg.TRANSFER.SETS, "TRANSFER.SETS", problems)
+    used = {name for spec in sets.values() for name in (*spec.train, spec.test)}
+    try:  # others need not be there
+        register_datasets([spec for name, spec in datasets.items() if name in used], dataset_root())
+    except ConfigError as error:
+        problems += error.problems
     dropped = {name for name, record in cfg.XLEARNER.DATASETS.items() if record is None}
     known = {*DatasetCatalog.list(), *cfg.XLEARNER.DATASETS} - dropped  # one that failed to register is known, too
     for name, spec in sets.items():

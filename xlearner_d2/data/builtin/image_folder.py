@@ -7,6 +7,7 @@ from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
+from PIL import Image
 from torchvision.datasets.folder import IMG_EXTENSIONS, make_dataset
 
 from ...specs import DatasetSpec, nearest
@@ -15,6 +16,7 @@ from .common import Records, add_to_catalogs, fail, find_folder, raise_if_any, r
 
 logger = logging.getLogger(__name__)
 
+_KNOWN = ", ".join(IMG_EXTENSIONS)
 _SPLITS = {"train", "training", "val", "valid", "validation", "test"}
 
 
@@ -57,9 +59,20 @@ def _read(spec: DatasetSpec, folder: Path, classes: Sequence[str]) -> Records:
         ConfigError: without any image, or for a class without one unless ``CLASSES`` declares that it exists.
     """
     indices = {name: index for index, name in enumerate(classes)}
-    samples = make_dataset(str(folder), indices, is_valid_file=_is_image, allow_empty=True)
+    others: Counter[str] = Counter()
+
+    def is_image(path: str) -> bool:
+        if _is_image(path):
+            return True
+        others[Path(path).suffix.lower()] += not os.path.basename(path).startswith(".")
+        return False
+
+    samples = make_dataset(str(folder), indices, is_valid_file=is_image, allow_empty=True)
+    if unread := {end: number for end, number in others.items() if number and end in Image.registered_extensions()}:
+        listed = ", ".join(f"{count} {suffix}" for suffix, count in sorted(unread.items()))
+        logger.warning("%s: files of other suffixes are not read: %s. Known: %s", subject(spec), listed, _KNOWN)
     if not samples:
-        raise fail(spec, f"{folder} holds no image; known suffixes: {', '.join(IMG_EXTENSIONS)}.")
+        raise fail(spec, f"{folder} holds no image; known suffixes: {_KNOWN}.")
     counts = Counter(index for _, index in samples)
     empty = [name for name, index in indices.items() if not counts[index]]
     if empty and not spec.classes:

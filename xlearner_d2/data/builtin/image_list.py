@@ -9,6 +9,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path, PurePath
 from typing import NamedTuple
 
+from PIL import Image
 from torchvision.datasets.folder import IMG_EXTENSIONS
 
 from ...specs import DatasetSpec, nearest
@@ -21,7 +22,7 @@ _PATH_NAMES = ("path", "file_name", "filename", "file", "filepath", "file_path",
 _LABEL_NAMES = ("label", "labels", "class", "classes", "category", "class_name", "class_id", "target", "tags")
 _SUFFIXES = "|".join(map(re.escape, IMG_EXTENSIONS))
 #: "path with spaces.jpg label": the path ends at the first suffix of an image that a space follows.
-_SPACED = re.compile(rf"(?P<path>.*?(?:{_SUFFIXES}))[ \t]+(?P<label>[^\s,;].*)", re.IGNORECASE)
+_SPACED = re.compile(rf"(?P<path>.*?(?:{_SUFFIXES})) +(?P<label>[^\s,;][^\t]*)", re.IGNORECASE)
 _DELIMITERS = "\t,;"
 
 
@@ -164,7 +165,8 @@ def _split(text: str) -> Iterator[tuple[int, list[str]]]:
 
 
 def _is_image(cell: str) -> bool:
-    return PurePath(cell).suffix.lower() in IMG_EXTENSIONS
+    """Of any kind that Pillow reads, or a first line with another kind would be taken for names of columns."""
+    return PurePath(cell).suffix.lower() in {*IMG_EXTENSIONS, *Image.registered_extensions()}
 
 
 def _find_columns(spec: DatasetSpec, file: Path, header: Sequence[str], first: Sequence[str]) -> tuple[int, int]:

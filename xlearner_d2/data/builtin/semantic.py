@@ -107,7 +107,8 @@ def _find(spec: DatasetSpec, folder: Path, *, suffix: str, key: str, formats: Se
     found: dict[str, str] = {}
     problems = Problems(subject(spec))
     ending = _without_format(suffix)
-    for path in walk_images(folder, formats):
+    only = suffix[len(ending) :].lower()  # its format, such as .jpg beside labels in the same folder
+    for path in walk_images(folder, (only,) if only in formats else formats):
         if not _without_format(path).endswith(ending):
             continue
         name = _key(path, suffix)
@@ -165,23 +166,30 @@ def _readable(spec: DatasetSpec, label: str) -> str:
 def _choose(
     spec: DatasetSpec, folder: Path, found: Mapping[str, str], names: Sequence[str], suffix: str, kind: str
 ) -> list[str]:
-    """The file of each listed name: by its path below the folder, or by its last part where only one file has it."""
+    """The file of each listed name: by its path below the folder, or by its end where only one file has it."""
     by_last: dict[str, list[str]] = {}
-    for key, path in found.items():
-        by_last.setdefault(_last(key), []).append(path)
+    for key in found:
+        by_last.setdefault(_last(key), []).append(key)
     problems, chosen = Problems(subject(spec)), []
     for name in names:
         key = _key(name, suffix)
-        same = [found[key]] if key in found else by_last.get(_last(key), [])
+        same = [key] if key in found else [other for other in by_last.get(_last(key), []) if _end_alike(key, other)]
         if not same:
-            text = f"LIST has {_last(key)!r}, but {folder} has no {kind} of that name."
+            text = f"LIST has {name!r}, but {folder} has no {kind} of that name."
             problems.add(f"listed names without {kind}", text)
         elif len(same) > 1:
-            text = f"LIST has {name!r}, which may be {same[0]} or {same[1]}: give its path below {folder}."
+            text = (
+                f"LIST has {name!r}, which may be {found[same[0]]} or {found[same[1]]}: give its path below {folder}."
+            )
             problems.add("ambiguous names", text)
-        chosen += same[:1]
+        chosen += [found[key] for key in same[:1]]
     raise_if_any(problems)
     return chosen
+
+
+def _end_alike(name: str, path: str) -> bool:
+    """Whether one is the end of the other: of lists, some have the folders above, and some lack those below."""
+    return f"/{name}".endswith(f"/{path}") or f"/{path}".endswith(f"/{name}")
 
 
 def _check_labels(spec: DatasetSpec, folder: Path, images: Mapping[str, str], labels: Mapping[str, str]) -> None:
