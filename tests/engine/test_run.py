@@ -12,6 +12,7 @@ from conftest import Project
 from detectron2 import model_zoo
 from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.modeling import build_model
+from detectron2.utils.logger import _LOG_COUNTER
 
 from xlearner_d2.checkpoint.load import read_checkpoint
 from xlearner_d2.engine import launch, trainer
@@ -73,6 +74,7 @@ def test_one_run_leaves_everything_a_user_needs(finished):
 def test_images_without_objects_are_told_here_and_in_the_log(project, capfd):
     file = project.root / "data/boxes.json"
     boxes = json.loads(file.read_text())
+    _LOG_COUNTER.clear()  # of what is said once in a process
     boxes["annotations"] = boxes["annotations"][2:]
     file.write_text(json.dumps(boxes))
     told = "XLEARNER.SOURCES.boxes.TRAIN ['t_boxes']: 2 of 8 images have no object to learn from and are left out."

@@ -9,6 +9,7 @@ from typing import Any
 from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog, DatasetFromList, MetadataCatalog
 from detectron2.data.build import filter_images_with_few_keypoints, filter_images_with_only_crowd_annotations
+from detectron2.utils.logger import log_first_n
 
 from ..specs import ConfigError, ProbeSpec, SourceSpec, nearest, parse_datasets
 from .builtin import dataset_root, register_datasets
@@ -16,8 +17,6 @@ from .check import check_records, check_same_classes
 from .files import shown
 from .proposals import proposal_files, with_proposals
 from .subset import share_of_records
-
-logger = logging.getLogger(__name__)
 
 Records = list[dict[str, Any]]
 #: Setting of a head that learns something of every object -> where an object has it, in words, and a cure.
@@ -185,13 +184,12 @@ def _usable(records: Records, source: SourceSpec, head: CfgNode) -> Records:
             f"{where}: no image has {fewest} visible keypoint(s) (MODEL.ROI_KEYPOINT_HEAD.MIN_KEYPOINTS_PER_IMAGE)."
         )
         raise ConfigError([message], what="The data")
-    if len(kept) < len(records):
-        text = (
-            "%s: %d of %d images have no object to learn from and are left out. To learn from them as background, set "
-        )
-        logger.warning(
-            text + "DATALOADER.FILTER_EMPTY_ANNOTATIONS False in OPTS.", where, len(records) - len(kept), len(records)
-        )
+    if left_out := len(records) - len(kept):
+        text = f"{where}: {left_out} of {len(records)} images have no object to learn from and are left out."
+        cure = "Set DATALOADER.FILTER_EMPTY_ANNOTATIONS False in OPTS to learn from them as background."
+        log_first_n(
+            logging.WARNING, f"{text} {cure}", key="message"
+        )  # a study reads the same data for each of its runs
     return kept
 
 

@@ -7,6 +7,7 @@ from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
+from detectron2.utils.logger import log_first_n
 from PIL import Image
 from torchvision.datasets.folder import IMG_EXTENSIONS, make_dataset
 
@@ -70,7 +71,8 @@ def _read(spec: DatasetSpec, folder: Path, classes: Sequence[str]) -> Records:
     samples = make_dataset(str(folder), indices, is_valid_file=is_image, allow_empty=True)
     if unread := {end: number for end, number in others.items() if number and end in Image.registered_extensions()}:
         listed = ", ".join(f"{count} {suffix}" for suffix, count in sorted(unread.items()))
-        logger.warning("%s: files of other suffixes are not read: %s. Known: %s", subject(spec), listed, _KNOWN)
+        text = f"{subject(spec)}: files of other suffixes are not read: {listed}. Known: {_KNOWN}"
+        log_first_n(logging.WARNING, text, key="message")  # a study reads the same data for each of its runs
     if not samples:
         raise fail(spec, f"{folder} holds no image; known suffixes: {_KNOWN}.")
     counts = Counter(index for _, index in samples)
