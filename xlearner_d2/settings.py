@@ -17,7 +17,8 @@ def add_xlearner_config(cfg: CfgNode) -> None:
     # Modules of other projects, such as detectron2.projects.point_rend, that are imported before anything else: they
     # register what heads and data sets name, and their functions add_…_config add the keys of head configs.
     x.IMPORTS = []
-    # Data sets to register, by name; see specs.DatasetSpec. Those of Detectron2 need no entry.
+    # Data sets, by name; see specs.DatasetSpec. Those that no source, probe or set of a suite names need not be there,
+    # and those of Detectron2 need no entry.
     x.DATASETS = CfgNode(new_allowed=True)
     # The sources, by name; see specs.SourceSpec.
     x.SOURCES = CfgNode(new_allowed=True)

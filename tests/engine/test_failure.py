@@ -58,8 +58,14 @@ def spoil(monkeypatch: pytest.MonkeyPatch, *, after: int) -> None:
 
 
 @pytest.mark.parametrize(
-    ("stage", "amp", "method"),
-    [("expand", False, "fixed"), ("expand", False, "dwa"), ("squeeze", False, "fixed"), ("squeeze", True, "fixed")],
+    ("stage", "amp", "method", "readers"),
+    [
+        ("expand", False, "fixed", 0),
+        ("expand", False, "fixed", 1),
+        ("expand", False, "dwa", 0),
+        ("squeeze", False, "fixed", 0),
+        ("squeeze", True, "fixed", 1),
+    ],
 )
 def test_a_failed_step_is_kept_and_fails_again(
     project: Project,
@@ -68,12 +74,22 @@ def test_a_failed_step_is_kept_and_fails_again(
     stage: str,
     amp: bool,
     method: str,
+    readers: int,
 ) -> None:
     """The trial of the plan reads two images, and a step two, so that step 1 is the first with a spoilt one."""
-    out = project.root / f"failed_{stage}_{amp}_{method}"
+    out = project.root / f"failed_{stage}_{amp}_{method}_{readers}"
     opts: list[Any] = ["XLEARNER.STAGE", stage, "OUTPUT_DIR", out]
     opts += ["XLEARNER.SQUEEZE.TEACHER", project.root / "out/expanded.pth", "SOLVER.CHECKPOINT_PERIOD", 1]
-    opts += ["XLEARNER.SQUEEZE.HINT_WEIGHT", 0.5, "SOLVER.AMP.ENABLED", amp, "XLEARNER.WEIGHTING.METHOD", method]
+    opts += [
+        "DATALOADER.NUM_WORKERS",
+        readers,
+        "XLEARNER.SQUEEZE.HINT_WEIGHT",
+        0.5,
+        "SOLVER.AMP.ENABLED",
+        amp,
+        "XLEARNER.WEIGHTING.METHOD",
+        method,
+    ]
     monkeypatch.setattr("torch.cpu._is_avx512_bf16_supported", lambda: amp)
     with monkeypatch.context() as patch:
         spoil(patch, after=4)

@@ -77,7 +77,7 @@ def test_images_without_objects_are_told_here_and_in_the_log(project, capfd):
     _LOG_COUNTER.clear()  # of what is said once in a process
     boxes["annotations"] = boxes["annotations"][2:]
     file.write_text(json.dumps(boxes))
-    told = "XLEARNER.SOURCES.boxes.TRAIN ['t_boxes']: 2 of 8 images have no object to learn from and are left out."
+    told = "data set 't_boxes': 2 of 8 images have no object to learn from and are left out."
     keep = ["XLEARNER.STAGE", "expand", "SOLVER.MAX_ITER", 1]
     without_extras(project).run(*keep)
     assert (project.root / "out/log.txt").read_text().count(told) == 1
@@ -96,7 +96,7 @@ def test_machines_whose_copies_differ(finished, monkeypatch):
     others = [("b", here), ("c", {**here, "XLEARNER.SOURCES.pics.TRAIN": 7})] * 2
     monkeypatch.setattr(running.comm, "all_gather", lambda own: [("a", own[1]), *others])
     with pytest.raises(ConfigError) as caught:
-        running._check_same_data(plan)
+        running.check_same_data(plan)
     assert caught.value.problems == [
         "XLEARNER.SOURCES.pics.TRAIN has 8 images on a, but 7 on c: are both copies whole?"
     ]

@@ -184,7 +184,7 @@ def test_no_cell_is_started_after_ctrl_c(study: Study, tmp_path: Path, monkeypat
     assert len(read_records(tmp_path)) <= 2  # of 60: the first one, and the one that goes on meanwhile
 
 
-start = runner._Workers._start
+pool = runner.ProcessPoolExecutor
 
 
 def test_a_worker_that_dies_takes_one_cell_with_it(
@@ -208,16 +208,18 @@ def test_a_worker_that_dies_takes_one_cell_with_it(
     assert len(read_records(tmp_path)) == 7
 
 
-def test_workers_that_die_one_after_another_are_not_replaced_for_ever(
+def test_workers_that_do_not_start_are_not_tried_for_ever(
     study: Study, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    places: list[int] = []
+    tried: list[object] = []
     monkeypatch.setattr(runner, "_start_worker", os._exit)  # as one whose imports fail
-    monkeypatch.setattr(runner._Workers, "_start", lambda self, place: places.append(place) or start(self, place))
+    monkeypatch.setattr(
+        runner, "ProcessPoolExecutor", lambda *args, **kwargs: tried.append(args) or pool(*args, **kwargs)
+    )
     opts = ["TRANSFER.SETS.areas", "null", "TRANSFER.SETS.boxes", "null"]
     with pytest.raises(ConfigError, match="8 of 8 cells failed"):
         measure(str(study.file), study.backbones[:1], range(4), tmp_path, opts=opts)
-    assert len(places) == runner.MOST_DEATHS
+    assert len(tried) == runner.MOST_FAILED_STARTS
 
 
 # What is measured again

@@ -73,4 +73,5 @@ def _measure_meanwhile(study: StudySpec, seed: int, folder: Path, places: Places
     try:
         _measure(study, seed, folder, places, without=unfinished_runs(study, seed, folder))
     except Exception as error:
-        logger.error(f"It is tried again when all runs have ended: {error}")
+        told = str(error) if isinstance(error, ConfigError) else repr(error)
+        logger.error(f"It is tried again when all runs have ended: {told}")

@@ -1,10 +1,11 @@
-"""Batches on their way from the processes that read them: all that they hold in a single block of shared memory."""
+"""Batches on their way from the processes that read them: all that they hold in a few blocks of shared memory."""
 
 import functools
 import io
-import itertools
+import math
 import pickle
-from collections.abc import Callable, Iterator, Sequence
+from collections import Counter
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -16,7 +17,7 @@ ALIGNMENT = 64
 
 
 class PackedBatch:
-    """Anything that can be pickled, the contents of its tensors and arrays in one block of bytes.
+    """Anything that can be pickled, the contents of its tensors and arrays in one block of memory for each dtype.
 
     PyTorch's loaders hand over each tensor by itself: a file descriptor, for which the processes connect to each other
     and prove who they are, a third of a millisecond on both sides (docs/SPEED.md).
@@ -33,40 +34,45 @@ class PackedBatch:
         pickler.dump(batch)
         tensors, arrays = pickler.tensors, [buffer.raw() for buffer in buffers]
         self._pickled = stream.getvalue()
-        self._kinds = [(tensor.dtype, tensor.shape) for tensor in tensors]
-        self._sizes = [tensor.nbytes for tensor in tensors] + [array.nbytes for array in arrays]
-        self._block = torch.empty(sum(map(_aligned, self._sizes)), dtype=torch.uint8).share_memory_()
-        for place, tensor in zip(self._tensors(), tensors, strict=True):
+        self._num_tensors = len(tensors)
+        self._places: list[tuple[torch.dtype, int, Sequence[int]]] = []  # dtype, start and shape of each
+        sizes: Counter[torch.dtype] = Counter()
+        kinds = [(tensor.dtype, tensor.shape) for tensor in tensors]
+        for dtype, shape in kinds + [(torch.uint8, torch.Size([array.nbytes])) for array in arrays]:
+            self._places.append((dtype, sizes[dtype], shape))
+            sizes[dtype] += _aligned(math.prod(shape), dtype)
+        # One of bytes for all would do, but torch.save takes no batch whose tensors share memory as different dtypes.
+        self._blocks = {dtype: torch.empty(size, dtype=dtype).share_memory_() for dtype, size in sizes.items()}
+        views = self._views()
+        for place, tensor in zip(views, tensors, strict=False):
             place.copy_(tensor)
-        for part, array in zip(self._arrays(), arrays, strict=True):
-            part[:] = array
+        for place, array in zip(views[len(tensors) :], arrays, strict=True):
+            place.numpy().data[:] = array
 
     def unpack(self) -> Any:
-        """The batch; its tensors and arrays are views of the block."""
-        return _Unpickler(io.BytesIO(self._pickled), self._tensors(), self._arrays()).load()
+        """The batch; its tensors and arrays are views of the blocks."""
+        views = self._views()
+        arrays = [view.numpy().data for view in views[self._num_tensors :]]
+        return _Unpickler(io.BytesIO(self._pickled), views[: self._num_tensors], arrays).load()
 
     def pin_memory(self) -> "PackedBatch":
         """In page-locked memory, as PyTorch's loaders ask for before a batch goes to a GPU."""
-        self._block = self._block.pin_memory()
+        self._blocks = {dtype: block.pin_memory() for dtype, block in self._blocks.items()}
         return self
 
-    def _tensors(self) -> list[Tensor]:
-        """Views of PyTorch's, which keep pinned memory until a copy to a GPU has read it; others would not."""
-        places = zip(self._parts(), self._kinds, strict=False)
-        return [part.view(dtype).view(shape) for part, (dtype, shape) in places]
+    def _views(self) -> list[Tensor]:
+        """PyTorch's own, which keep pinned memory until a copy to a GPU has read it; NumPy's would not.
 
-    def _arrays(self) -> list[memoryview]:
-        return [part.numpy().data for part in itertools.islice(self._parts(), len(self._kinds), None)]
-
-    def _parts(self) -> Iterator[Tensor]:
-        """Bytes of each tensor, then of each array."""
-        starts = itertools.accumulate(map(_aligned, self._sizes), initial=0)
-        return (self._block[start : start + size] for start, size in zip(starts, self._sizes, strict=False))
+        By ``data``, as autograd would count a change of one as a change of all.
+        """
+        places = self._places
+        return [self._blocks[dtype][at : at + math.prod(shape)].view(shape).data for dtype, at, shape in places]
 
 
-def _aligned(size: int) -> int:
-    """Rounded up."""
-    return -(-size // ALIGNMENT) * ALIGNMENT
+def _aligned(count: int, dtype: torch.dtype) -> int:
+    """Rounded up, so that what follows is aligned."""
+    step = ALIGNMENT // dtype.itemsize
+    return -(-count // step) * step
 
 
 class _Pickler(pickle.Pickler):
@@ -97,8 +103,8 @@ class _Unpickler(pickle.Unpickler):
 
 def _is_plain(tensor: Tensor) -> bool:
     """Whether its contents, dtype and shape are all there is to it."""
-    is_dense = tensor.device.type == "cpu" and tensor.layout == torch.strided and not tensor.is_quantized
-    return is_dense and not tensor.requires_grad
+    is_dense = tensor.device.type == "cpu" and tensor.layout == torch.strided
+    return is_dense and not (tensor.is_quantized or tensor.is_nested or tensor.requires_grad)
 
 
 def _pack(collate: Callable[[Sequence[Any]], Any], records: Sequence[Any]) -> PackedBatch:

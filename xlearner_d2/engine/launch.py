@@ -2,11 +2,13 @@
 
 import argparse
 import functools
+import logging
 import multiprocessing
 import multiprocessing.synchronize
 import os
 import socket
 import sys
+from collections.abc import Sequence
 from datetime import timedelta
 from multiprocessing.connection import Connection
 from urllib.parse import urlsplit
@@ -23,7 +25,7 @@ from ..settings import usable_device
 from ..specs import ConfigError
 from .memory import keep_freed_memory
 from .plan_checks import check_device
-from .run import run, validate
+from .run import check_same_data, keeping_warnings, run, validate
 from .scaling import check_timeouts
 from .stopping import RunStopped, name_of, passing_on_signals
 from .workers import end_with_parent, work
@@ -55,19 +57,19 @@ def start(args: argparse.Namespace) -> None:
         _check_devices(cfg, args.num_gpus, "--num-gpus")
         _check_address(args)
         # Here, because each worker would list the same problems; and decoding images once is enough.
-        if usable_device(cfg) == "cpu":
-            _validate(args, count)
-        else:
-            _validate_apart(args, count)
+        told = _validate(args, count) if usable_device(cfg) == "cpu" else _validate_apart(args, count)
         args.opts = [*args.opts, "XLEARNER.CHECK_IMAGES", "0"]
-        _launch(cfg, args)
+        _launch(cfg, args, told)
 
 
-def _validate(args: argparse.Namespace, count: int) -> None:
-    validate(load_config(args.config_file, args.opts), args, world_size=count)
+def _validate(args: argparse.Namespace, count: int) -> list[logging.LogRecord]:
+    """Validate, and return the warnings."""
+    with keeping_warnings() as warnings:
+        validate(load_config(args.config_file, args.opts), args, world_size=count)
+    return warnings
 
 
-def _validate_apart(args: argparse.Namespace, count: int) -> None:
+def _validate_apart(args: argparse.Namespace, count: int) -> list[logging.LogRecord]:
     """In a process of its own, as one that has used a GPU keeps some of its memory."""
     context = multiprocessing.get_context("spawn")
     ours, theirs = context.Pipe(duplex=False)
@@ -75,28 +77,27 @@ def _validate_apart(args: argparse.Namespace, count: int) -> None:
     process.start()
     theirs.close()
     try:
-        problems: ConfigError | None = ours.recv()
+        found: ConfigError | list[logging.LogRecord] = ours.recv()
     except EOFError:
         process.join()
         code = process.exitcode or 0
         how = f"by {name_of(-code)}, perhaps for want of memory" if code < 0 else f"with exit code {code}"
         sys.exit(f"error: The check before the run was ended {how}.")
     process.join()
-    if problems is not None:
-        raise problems
+    if isinstance(found, ConfigError):
+        raise found
+    return found
 
 
 def _tell_problems(pipe: Connection, args: argparse.Namespace, count: int) -> None:
     end_with_parent()
-    problems = None
     try:
-        _validate(args, count)
+        pipe.send(_validate(args, count))
     except ConfigError as error:
-        problems = error
-    pipe.send(problems)
+        pipe.send(error)
 
 
-def _launch(cfg: CfgNode, args: argparse.Namespace) -> None:
+def _launch(cfg: CfgNode, args: argparse.Namespace, told: Sequence[logging.LogRecord]) -> None:
     if usable_device(cfg) == "cpu":
         os.environ["CUDA_VISIBLE_DEVICES"] = ""  # or Detectron2 would choose the backend of GPUs
     first = multiprocessing.get_context("spawn").Semaphore(1)  # who has it tells the user why the run ends
@@ -108,7 +109,7 @@ def _launch(cfg: CfgNode, args: argparse.Namespace) -> None:
                 num_machines=args.num_machines,
                 machine_rank=args.machine_rank,
                 dist_url=args.dist_url,
-                args=(args, float(cfg.XLEARNER.TIMEOUT.SILENT), float(cfg.XLEARNER.TIMEOUT.STUCK), first),
+                args=(args, told, float(cfg.XLEARNER.TIMEOUT.SILENT), float(cfg.XLEARNER.TIMEOUT.STUCK), first),
                 timeout=timedelta(seconds=cfg.XLEARNER.TIMEOUT.STUCK),
             )
     except ProcessRaisedException as error:  # before the workers knew each other
@@ -127,12 +128,16 @@ def _launch(cfg: CfgNode, args: argparse.Namespace) -> None:
 
 
 def _launched(
-    args: argparse.Namespace, silence: float, stuck: float, first: multiprocessing.synchronize.Semaphore
+    args: argparse.Namespace,
+    told: Sequence[logging.LogRecord],
+    silence: float,
+    stuck: float,
+    first: multiprocessing.synchronize.Semaphore,
 ) -> None:
     """One worker that Detectron2 has started."""
     host = "127.0.0.1" if args.num_machines == 1 else urlsplit(args.dist_url).hostname or socket.gethostname()
     may_tell = functools.partial(first.acquire, block=False)
-    work(functools.partial(_run, args), host=host, silence=silence, stuck=stuck, may_tell=may_tell)
+    work(functools.partial(_run, args, told), host=host, silence=silence, stuck=stuck, may_tell=may_tell)
 
 
 def _start_in_torchrun(args: argparse.Namespace) -> None:
@@ -164,13 +169,15 @@ def _start_in_torchrun(args: argparse.Namespace) -> None:
 
 
 def _dry_run(args: argparse.Namespace) -> None:
-    description = validate(load_config(args.config_file, args.opts), args, world_size=comm.get_world_size())[1]
+    cfg = load_config(args.config_file, args.opts)
+    plan, description = validate(cfg, args, world_size=comm.get_world_size())
+    check_same_data(plan)
     if comm.is_main_process():
         print(description)
 
 
-def _run(args: argparse.Namespace) -> None:
-    """The whole run of one worker."""
+def _run(args: argparse.Namespace, told: Sequence[logging.LogRecord] = ()) -> None:
+    """The whole run of one worker; ``told`` are warnings that were shown already."""
     if sys.platform == "linux":
         # A worker that was spawned would spawn its loader's processes, each of which imports everything again.
         multiprocessing.set_start_method("fork", force=True)
@@ -183,7 +190,7 @@ def _run(args: argparse.Namespace) -> None:
             torch.cuda.set_device(device)
         if device == "cpu":
             keep_freed_memory()
-        run(cfg, args)
+        run(cfg, args, told=told)
     except RunStopped as stop:
         if stop.message:
             print(f"error: {stop.message}", file=sys.stderr, flush=True)

@@ -1,6 +1,7 @@
 """A whole run, as train_net.py starts it: plan, then the stages, then the closing table."""
 
 import argparse
+import copy
 import fcntl
 import json
 import logging
@@ -54,26 +55,29 @@ def validate(cfg: CfgNode, args: argparse.Namespace, *, world_size: int) -> tupl
     return plan, explain(plan)  # last: it tries steps, which takes longest
 
 
-def run(cfg: CfgNode, args: argparse.Namespace) -> dict[str, Any]:
+def run(cfg: CfgNode, args: argparse.Namespace, *, told: Sequence[logging.LogRecord] = ()) -> dict[str, Any]:
     """One worker: validate, then do what the config and the command line ask for; return what ``metrics.json`` holds.
+
+    Args:
+        told: warnings of a check before this one, which were shown.
 
     Raises:
         ConfigError: before anything is written, see :func:`validate`.
         RunStopped: when a signal or a full disk ends the run, or a loss is not finite.
     """
     with ending_on_signals(), stopping_when_full():
-        with _keeping_warnings() as warnings:
+        with keeping_warnings(show=not told and comm.get_local_rank() == 0) as warnings:
             plan, description = validate(cfg, args, world_size=comm.get_world_size())
         wait_for_all()  # nothing is written before every worker has found the config and the data to be as needed
-        _check_same_data(plan)
+        check_same_data(plan)
         with nullcontext() if args.eval_only else alone_in(plan.cfg.OUTPUT_DIR):
             if not args.eval_only and comm.is_main_process():  # another run may have ended since
                 check_output(plan, resume=args.resume)
-            _set_up(plan, args, description, warnings)
+            _set_up(plan, args, description, list({record.msg: record for record in (*told, *warnings)}.values()))
             return _run(plan, args)
 
 
-def _check_same_data(plan: Plan) -> None:
+def check_same_data(plan: Plan) -> None:
     """Workers draw images by their number, so each needs the same ones."""
     own = {
         f"XLEARNER.SOURCES.{source}.{part}": count
@@ -82,10 +86,10 @@ def _check_same_data(plan: Plan) -> None:
     }
     (first, counts), *others = comm.all_gather((socket.gethostname(), own))
     problems = [
-        f"{where} has {counts[where]} images on {first}, but {found[where]} on {host}: are both copies whole?"
+        f"{where} has {counts[where]} images on {first}, but {found.get(where, 0)} on {host}: are both copies whole?"
         for host, found in others
         for where in counts
-        if found[where] != counts[where]
+        if found.get(where, 0) != counts[where]
     ]
     if problems:
         raise ConfigError(list(dict.fromkeys(problems)), what="The data")  # a machine has several workers
@@ -94,22 +98,25 @@ def _check_same_data(plan: Plan) -> None:
 class _Keeper(logging.Handler):
     """Keeps warnings that come before there is a folder to log into, and shows them as Python does without it."""
 
-    def __init__(self, *, shows: bool):
+    def __init__(self, *, show: bool):
         super().__init__(logging.WARNING)
         self.records: list[logging.LogRecord] = []
-        self._shows = shows
+        self._show = show
 
     def emit(self, record: logging.LogRecord) -> None:
-        self.records.append(record)
-        if self._shows and logging.lastResort:
+        if self._show and logging.lastResort:
             logging.lastResort.handle(record)
+        # As it can be sent to another process.
+        record = copy.copy(record)
+        record.msg, record.args, record.exc_info = record.getMessage(), None, None
+        self.records.append(record)
 
 
 @contextmanager
-def _keeping_warnings() -> Iterator[Sequence[logging.LogRecord]]:
-    """Such as those about the data, for the run's log."""
+def keeping_warnings(*, show: bool = True) -> Iterator[list[logging.LogRecord]]:
+    """Such as those about the data, for the run's log; shown as well, as long as nobody else shows what is logged."""
     of = [logging.getLogger(name) for name in LOGGED]
-    keeper = _Keeper(shows=not any(logger.hasHandlers() for logger in of))
+    keeper = _Keeper(show=show and not any(logger.hasHandlers() for logger in of))
     for logger_ in of:
         logger_.addHandler(keeper)
     try:

@@ -209,8 +209,8 @@ def run_cells(
     return failed
 
 
-#: So many workers that die one after another have a reason that the next one will have, too.
-MOST_DEATHS = 3
+#: So many workers that end before they are ready have a reason that the next one will have, too.
+MOST_FAILED_STARTS = 3
 
 
 class _Workers:
@@ -221,28 +221,32 @@ class _Workers:
         self._folder = folder
         self._places = places
         self._workers: dict[int, ProcessPoolExecutor] = {}
-        self._deaths = 0
+        self._failed_starts = 0
 
     def run(self, cell: Cell) -> CellRecord:
         """Wait for a place, and measure a cell in its process."""
         with self._places.take() as place:
-            if self._deaths >= MOST_DEATHS:
-                raise BrokenProcessPool(f"not started, as {MOST_DEATHS} workers died one after another")
             if place not in self._workers:
                 self._workers[place] = self._start(place)
             try:
-                record = self._workers[place].submit(_work, cell, self._folder).result()
+                return self._workers[place].submit(_work, cell, self._folder).result()
             except BrokenProcessPool:
                 self._workers.pop(place).shutdown()
-                self._deaths += 1
                 raise
-            self._deaths = 0
-            return record
 
     def _start(self, place: int) -> ProcessPoolExecutor:
         context = multiprocessing.get_context("spawn")
         initargs = (*self._suite, place, self._places.number)
-        return ProcessPoolExecutor(1, mp_context=context, initializer=_start_worker, initargs=initargs)
+        if self._failed_starts >= MOST_FAILED_STARTS:
+            raise BrokenProcessPool(f"not started, as {MOST_FAILED_STARTS} workers before it ended at once")
+        worker = ProcessPoolExecutor(1, mp_context=context, initializer=_start_worker, initargs=initargs)
+        try:
+            worker.submit(os.getpid).result()
+        except BrokenProcessPool:
+            self._failed_starts += 1
+            worker.shutdown()
+            raise
+        return worker
 
     def __enter__(self) -> "_Workers":
         return self

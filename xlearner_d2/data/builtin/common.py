@@ -9,6 +9,7 @@ from typing import Any
 
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.utils.logger import log_first_n
+from PIL import Image
 from torchvision.datasets.folder import IMG_EXTENSIONS
 
 from ...specs import ConfigError, DatasetSpec
@@ -88,6 +89,11 @@ def list_images(folder: Path) -> dict[str, Path]:
             raise ValueError(f"{path} and {images[path.stem].name} differ in their suffix alone, but one is expected.")
         images[path.stem] = path
     return images
+
+
+def pillow_suffixes() -> set[str]:
+    """Of all files that Pillow reads, whether images of a data set or not."""
+    return {suffix for suffix, kind in Image.registered_extensions().items() if kind in Image.OPEN}
 
 
 def walk_images(folder: Path, suffixes: Sequence[str] = IMG_EXTENSIONS) -> list[str]:

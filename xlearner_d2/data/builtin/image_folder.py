@@ -8,12 +8,11 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from detectron2.utils.logger import log_first_n
-from PIL import Image
 from torchvision.datasets.folder import IMG_EXTENSIONS, make_dataset
 
 from ...specs import DatasetSpec, nearest
 from ..problems import Problems
-from .common import Records, add_to_catalogs, fail, find_folder, raise_if_any, read_classes, subject
+from .common import Records, add_to_catalogs, fail, find_folder, pillow_suffixes, raise_if_any, read_classes, subject
 
 logger = logging.getLogger(__name__)
 
@@ -69,7 +68,7 @@ def _read(spec: DatasetSpec, folder: Path, classes: Sequence[str]) -> Records:
         return False
 
     samples = make_dataset(str(folder), indices, is_valid_file=is_image, allow_empty=True)
-    if unread := {end: number for end, number in others.items() if number and end in Image.registered_extensions()}:
+    if unread := {end: number for end, number in others.items() if number and end in pillow_suffixes()}:
         listed = ", ".join(f"{count} {suffix}" for suffix, count in sorted(unread.items()))
         text = f"{subject(spec)}: files of other suffixes are not read: {listed}. Known: {_KNOWN}"
         log_first_n(logging.WARNING, text, key="message")  # a study reads the same data for each of its runs

@@ -9,12 +9,11 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path, PurePath
 from typing import NamedTuple
 
-from PIL import Image
 from torchvision.datasets.folder import IMG_EXTENSIONS
 
 from ...specs import DatasetSpec, nearest
 from ..problems import Problems
-from .common import Records, add_to_catalogs, fail, find_folder, raise_if_any, read_text, subject
+from .common import Records, add_to_catalogs, fail, find_folder, pillow_suffixes, raise_if_any, read_text, subject
 from .label_names import LabelIndex, find_classes
 
 #: Names of columns, in lower case, that need no ``COLUMNS``.
@@ -117,12 +116,17 @@ def _read_rows(spec: DatasetSpec, file: Path) -> list[Row]:
         header = []
     if not cells:
         raise fail(spec, f"LIST: {file} has no image, but one a line is expected, followed by its label.")
+    first = header or cells[0][1]
     path_column, label_column = _find_columns(spec, file, header, cells[0][1])
     separator = None
     if spec.multi_label:  # one for the whole file, as a lone label may be a name with a space
         separator = ";" if any(";" in row[label_column] for _, row in cells if len(row) > label_column) else " "
     problems, seen, rows = Problems(subject(spec)), dict[str, int](), []
     for line, row in cells:
+        if len(row) > len(first) and not spec.columns:
+            expected = f"{len(first)} columns, as in the first line, are expected"
+            problems.add("malformed lines", f"{file}, line {line}: got {row}, but {expected}.")
+            continue
         if len(row) <= max(path_column, label_column) or not row[path_column]:
             expected = (
                 f"a path in column {path_column} and a label in column {label_column}, counted from 0, are expected"
@@ -166,7 +170,7 @@ def _split(text: str) -> Iterator[tuple[int, list[str]]]:
 
 def _is_image(cell: str) -> bool:
     """Of any kind that Pillow reads, or a first line with another kind would be taken for names of columns."""
-    return PurePath(cell).suffix.lower() in {*IMG_EXTENSIONS, *Image.registered_extensions()}
+    return PurePath(cell).suffix.lower() in {*IMG_EXTENSIONS, *pillow_suffixes()}
 
 
 def _find_columns(spec: DatasetSpec, file: Path, header: Sequence[str], first: Sequence[str]) -> tuple[int, int]:

@@ -171,6 +171,7 @@ def _choose(
     for key in found:
         by_last.setdefault(_last(key), []).append(key)
     problems, chosen = Problems(subject(spec)), []
+    taken: dict[str, str] = {}
     for name in names:
         key = _key(name, suffix)
         same = [key] if key in found else [other for other in by_last.get(_last(key), []) if _end_alike(key, other)]
@@ -182,7 +183,11 @@ def _choose(
                 f"LIST has {name!r}, which may be {found[same[0]]} or {found[same[1]]}: give its path below {folder}."
             )
             problems.add("ambiguous names", text)
-        chosen += [found[key] for key in same[:1]]
+        elif same[0] != key and taken.get(same[0], name) != name:
+            text = f"LIST has {taken[same[0]]!r} and {name!r}, but {folder} has only {found[same[0]]} for both."
+            problems.add(f"listed names with the same {kind}", text)
+        taken |= dict.fromkeys(same[:1], name)
+        chosen += [found[other] for other in same[:1]]
     raise_if_any(problems)
     return chosen
 
