@@ -131,7 +131,7 @@ def build_lr_multiplier(settings: Mapping[str, Any]) -> Any:
 
 def _tree(cfg: CfgNode) -> dict[str, Any]:
     """Plain containers, without tuples, which OmegaConf does not know."""
-    return cast(dict[str, Any], yaml.safe_load(cfg.dump()))
+    return cast(dict[str, Any], yaml.safe_load(cfg.dump(sort_keys=False)))
 
 
 def _config(settings: Any) -> CfgNode:
@@ -152,7 +152,7 @@ def _plan_of(settings: Mapping[str, Any]) -> Plan:
     ]
     if problems:
         raise ConfigError(problems)
-    return _plan(cfg.dump())
+    return _plan(cfg.dump(sort_keys=False))
 
 
 def _flat(cfg: CfgNode) -> dict[str, Any]:

@@ -8,6 +8,7 @@ import weakref
 
 import pytest
 import torch
+import yaml
 from conftest import Project
 from detectron2 import model_zoo
 from detectron2.checkpoint import DetectionCheckpointer
@@ -15,9 +16,11 @@ from detectron2.modeling import build_model
 from detectron2.utils.logger import _LOG_COUNTER
 
 from xlearner_d2.checkpoint.load import read_checkpoint
+from xlearner_d2.config import load_config
 from xlearner_d2.engine import launch, trainer
 from xlearner_d2.engine import run as running
 from xlearner_d2.engine.plan import make_plan
+from xlearner_d2.engine.resumed import keep_config
 from xlearner_d2.engine.squeeze import build_squeeze_hook, load_teacher
 from xlearner_d2.engine.squeeze_settings import squeeze_config
 from xlearner_d2.engine.steps import StepTrainer
@@ -110,6 +113,30 @@ def test_data_sets_that_nothing_names_need_not_be_there(project):
     project.write(project.content)
     with pytest.raises(ConfigError, match="data set 'elsewhere'"):
         project.dry_run()
+
+
+def test_settings_that_only_heads_read_are_told(project, caplog):
+    _LOG_COUNTER.clear()
+    project.dry_run("SOLVER.BASE_LR", 0.01, "CUDNN_BENCHMARK", True)
+    assert "No source reads" not in caplog.text
+    project.dry_run("SOLVER.IMS_PER_BATCH", 64, "INPUT.MIN_SIZE_TRAIN", "[640]", "MODEL.ROI_HEADS.NUM_CLASSES", 3)
+    told = "No source reads INPUT.MIN_SIZE_TRAIN, MODEL.ROI_HEADS.NUM_CLASSES, SOLVER.IMS_PER_BATCH, which the config"
+    assert told in caplog.text
+
+
+def test_a_student_is_evaluated_on_the_way(project):
+    project.run("TEST.EVAL_PERIOD", 1)
+    lines = (project.root / "out/squeeze/metrics.json").read_text().splitlines()
+    assert any("boxes/t_boxes/bbox/AP" in json.loads(line) for line in lines)
+
+
+def test_a_config_that_is_kept_has_its_sources_in_their_order(project):
+    project.file.write_text(yaml.safe_dump(project.content, sort_keys=False))
+    cfg = project.load()
+    (project.root / "out").mkdir()
+    keep_config(cfg)
+    again = load_config(project.root / "out/config.yaml", [])
+    assert list(again.XLEARNER.SOURCES) == list(cfg.XLEARNER.SOURCES) == ["pics", "boxes", "areas"]
 
 
 def test_each_stage_logs_its_losses_and_its_learning_rate(finished):

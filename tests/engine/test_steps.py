@@ -131,6 +131,19 @@ def test_a_run_without_mixed_precision_goes_on_with_it() -> None:
     assert made.grad_scaler.get_scale() == 8.0
     made.load_state_dict({**before, "grad_scaler": {**made.grad_scaler.state_dict(), "scale": 4.0}})
     assert made.grad_scaler.get_scale() == 4.0
+    made.load_state_dict({**before, "grad_scaler": {}})  # as of a run in bfloat16
+    assert made.grad_scaler.get_scale() == 4.0
+
+
+@pytest.mark.filterwarnings("ignore:.*GradScaler")
+def test_losses_are_not_scaled_in_a_precision_that_does_not_overflow() -> None:
+    model = ApartLosses()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    made = AMPStepTrainer(LossesByBranch(model), [], optimizer, precision=torch.bfloat16)
+    made.model({"birds": [1.0, 2.0], "cells": [4.0]})
+    assert (model.weights["birds"].grad, model.weights["cells"].grad) == (3.0, 4.0)
+    made.load_state_dict({**made.state_dict(), "grad_scaler": {"scale": 2.0**40, "growth_factor": 2.0}})
+    assert made.grad_scaler.get_scale() == 1.0
 
 
 @pytest.mark.filterwarnings("ignore:.*GradScaler")

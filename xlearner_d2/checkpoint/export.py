@@ -73,7 +73,7 @@ def save_expanded(
         classes: by source, settings of its head that hold numbers of classes, as keys and values.
         class_names: by source and kind of class, the names in order of their index.
     """
-    description: dict[str, Any] = {"config": cfg.dump(), "tasks": [_plain_task(task) for task in tasks]}
+    description: dict[str, Any] = {"config": cfg.dump(sort_keys=False), "tasks": [_plain_task(task) for task in tasks]}
     description["classes"] = {source: list(counts) for source, counts in (classes or {}).items()}
     description["class_names"] = {source: dict(names) for source, names in (class_names or {}).items()}
     state = {name: value.detach().cpu() for name, value in model.state_dict().items()}

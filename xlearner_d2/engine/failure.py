@@ -75,7 +75,7 @@ def stop_at_failure(plan: Plan, stage: str, models: Mapping[str, nn.Module]) -> 
             world_size=comm.get_world_size(),
             reason=found.reason,
             losses=dict(found.losses),
-            config=plan.cfg.dump(),
+            config=plan.cfg.dump(sort_keys=False),
             batch=found.batch,
             models={name: _state(model, found) for name, model in models.items()},
         )

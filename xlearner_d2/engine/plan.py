@@ -21,7 +21,7 @@ from .branches import check_branches, check_networks, learner_config, squeezes
 from .class_names import check_class_names, stored_class_names
 from .drawn import Drawn, balance, check_weighting
 from .growth import Growth, check_growth, read_growth, with_stored_classes
-from .plan_checks import check_head, check_settings, check_tests, check_training
+from .plan_checks import check_head, check_settings, check_tests, check_training, tell_unread
 from .resumed import changed_settings, check_expansion_unchanged, check_squeeze_unchanged, check_unchanged
 from .scaling import check_norm, scale_to_workers
 from .squeeze_settings import check_task_weights, hint_factors, squeeze_batches
@@ -236,6 +236,7 @@ def _read_settings(cfg: CfgNode, world_size: int) -> _Settings:
     probes = parse_records(ProbeSpec, cfg.XLEARNER.PROBES, "XLEARNER.PROBES", problems)
     asked = _Settings(cfg=cfg, sources=tuple(sources), probes=tuple(probes), growth=growth, branches=tuple(branches))
     problems += check_training(sources, asked.frozen)
+    tell_unread(cfg)
     with _collect(problems):
         register_sources(cfg, sources, probes)
     _stop_at(problems)

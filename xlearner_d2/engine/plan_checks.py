@@ -1,14 +1,18 @@
 """What is checked of a run's settings, its sources and their heads; each check gives the problems that it finds."""
 
 import importlib.util
+import logging
 import os
 from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 
 import torch
+import yaml
 from detectron2.config import CfgNode
+from detectron2.utils.logger import log_first_n
 from torch import nn
 
+from ..config import default_config
 from ..data.mappers import build_mapper
 from ..evaluation.build import check_evaluation
 from ..modeling.expanded import STAGES as RESNET_STAGES
@@ -17,6 +21,7 @@ from ..settings import AMP_PRECISIONS, SHARING, STAGES
 from ..specs import SourceSpec, one_of
 from .drawn import check_sampling
 from .optimizer import CLIP_TYPES, OPTIMIZERS, make_multiplier, make_optimizer
+from .resumed import flat
 from .scaling import check_timeouts
 from .squeeze_settings import check_squeeze, squeeze_config
 
@@ -49,6 +54,25 @@ def check_settings(cfg: CfgNode, world_size: int) -> list[str]:
     problems += _check_solver(cfg.XLEARNER.SQUEEZE.SOLVER, "XLEARNER.SQUEEZE.SOLVER")
     problems += check_timeouts(cfg) + check_squeeze(cfg)
     return problems or _try_solvers(cfg)
+
+
+#: What a run reads of Detectron2's settings; heads read all others, in their own configs.
+_READ = (
+    *("MODEL.META_ARCHITECTURE", "MODEL.DEVICE", "MODEL.WEIGHTS", "MODEL.PIXEL_", "MODEL.BACKBONE.", "MODEL.RESNETS."),
+    *("INPUT.FORMAT", "SOLVER.", "DATALOADER.NUM_WORKERS", "TEST.EVAL_PERIOD", "CUDNN_BENCHMARK"),
+    *("OUTPUT_DIR", "SEED", "VERSION", "XLEARNER.", "TRANSFER."),
+)
+
+
+def tell_unread(cfg: CfgNode) -> None:
+    """Warn of settings that are not as by default, but have no effect, as they are those of a head."""
+    own, default = (dict(flat(yaml.safe_load(of.dump()))) for of in (cfg, default_config()))
+    is_read = {name: name.startswith(_READ) and name != "SOLVER.IMS_PER_BATCH" for name in default}
+    unread = [name for name, value in default.items() if not is_read[name] and own[name] != value]
+    if unread:
+        cure = "Set them in the OPTS or the CONFIG of a source, and the images of a step in its IMS_PER_BATCH."
+        text = f"No source reads {', '.join(unread)}, which the config sets. {cure}"
+        log_first_n(logging.WARNING, text, key="message")  # a study makes the same plan for each of its runs
 
 
 def check_device(name: str) -> list[str]:

@@ -24,8 +24,8 @@ _FIXED = (
 
 
 def keep_config(cfg: CfgNode) -> None:
-    """Write the config of a run into its folder."""
-    write_atomically(cfg.dump(), Path(cfg.OUTPUT_DIR) / CONFIG_FILE)
+    """Write the config of a run into its folder, sources in their order, which is that of branches and optimiser."""
+    write_atomically(cfg.dump(sort_keys=False), Path(cfg.OUTPUT_DIR) / CONFIG_FILE)
 
 
 def changed_settings(cfg: CfgNode) -> dict[str, tuple[Any, Any]]:
@@ -33,8 +33,8 @@ def changed_settings(cfg: CfgNode) -> dict[str, tuple[Any, Any]]:
     path = Path(cfg.OUTPUT_DIR) / CONFIG_FILE
     if not path.is_file():
         return {}
-    before = dict(_flat(cast(dict[str, Any], CfgNode.load_yaml_with_base(str(path), allow_unsafe=False))))
-    now = dict(_flat(yaml.safe_load(cfg.dump())))
+    before = dict(flat(cast(dict[str, Any], CfgNode.load_yaml_with_base(str(path), allow_unsafe=False))))
+    now = dict(flat(yaml.safe_load(cfg.dump())))
     names = [*now, *(name for name in before if name not in now)]
     return {name: (before.get(name), now.get(name)) for name in names if before.get(name) != now.get(name)}
 
@@ -69,9 +69,10 @@ def describe_changes(cfg: CfgNode) -> str:
     return f"Changed since the run was started, or resumed the last time: {'; '.join(changes)}." if changes else ""
 
 
-def _flat(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+def flat(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Dotted names and values of the leaves; ``prefix`` stands before each name."""
     for name, value in tree.items():
         if isinstance(value, Mapping) and value:
-            yield from _flat(value, f"{prefix}{name}.")
+            yield from flat(value, f"{prefix}{name}.")
         else:
             yield prefix + name, value

@@ -13,6 +13,7 @@ from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
+import torch
 from detectron2.config import CfgNode
 from detectron2.modeling import build_model
 from detectron2.utils import comm
@@ -170,7 +171,7 @@ def _run(plan: Plan, args: argparse.Namespace) -> dict[str, Any]:
 
 
 def _set_up(plan: Plan, args: argparse.Namespace, description: str, warnings: Sequence[logging.LogRecord]) -> None:
-    """Logs, which begin with the warnings so far, and the copy of the config."""
+    """Logs, which begin with the warnings so far, the copy of the config, and cuDNN."""
     folder, changes = plan.cfg.OUTPUT_DIR, ""
     if comm.is_main_process():
         os.makedirs(folder, exist_ok=True)
@@ -187,6 +188,7 @@ def _set_up(plan: Plan, args: argparse.Namespace, description: str, warnings: Se
     for handler in logging.getLogger("detectron2").handlers:
         if not _is_file(handler):  # an error is shown once, where the run ends
             handler.addFilter(lambda record: not record.exc_info)
+    torch.backends.cudnn.benchmark = plan.cfg.CUDNN_BENCHMARK
     logger.info(f"Command: {args}")
     logger.info(f"Workers: {describe_workers()}.")
     logger.info(f"\n{description}")

@@ -26,7 +26,7 @@ from ..modeling.expanded import TRUNK
 from ..modeling.weighting import weights_of
 from ..modeling.xlearner import autocast, autocast_dtype
 from .branches import load_expanded, student_config
-from .evaluate import evaluate_sources
+from .evaluate import SourceResults, evaluate_sources
 from .failure import stop_at_failure
 from .norm_statistics import WorkerStatistics, share_norm_statistics
 from .optimizer import make_optimizer, make_schedule
@@ -34,6 +34,7 @@ from .plan import STUDENT_FILE, Plan, expanded_file
 from .provenance import describe_training
 from .squeeze_settings import hint_factors, squeeze_batches, squeeze_config
 from .steps import StepTrainer
+from .stopping import stopping_when_full
 from .student import build_learner, build_student, freeze_idle, initialise_student
 from .trainer import StepSeed, build_loader, build_step_trainer, resume, stage_hooks, weigh
 from .workers import patient_group, wait_for_all
@@ -216,6 +217,18 @@ def build_squeeze_hook(
     )
 
 
+def _evaluation(plan: Plan, learner: XLearner, folder: Path) -> hooks.EvalHook:
+    """Of the student with its heads, on the way; its norms have the running statistics of training then."""
+
+    def evaluate() -> SourceResults:
+        share_norm_statistics(learner)
+        with stopping_when_full():
+            sources = plan.drawn["squeeze"].sources
+            return evaluate_sources(learner, plan, sources, folder=folder / "inference_squeezed")
+
+    return hooks.EvalHook(plan.cfg.TEST.EVAL_PERIOD, evaluate, eval_after_train=False)
+
+
 def load_teacher(plan: Plan) -> XLearner:
     """The expanded model of an earlier stage, loaded as it was trained and frozen."""
     path = expanded_file(plan.cfg)
@@ -238,6 +251,8 @@ def squeeze(plan: Plan, *, resume_run: bool) -> None:
     hook = build_squeeze_hook(plan, teacher, loader, max_iter=max_iter)
     trainer = HookTrainer()
     trainer.register_hooks([StepSeed(max(plan.cfg.SEED, 0)), hook, hooks.IterationTimer()])  # the timer times the hook
+    if learner := hook.distiller.learner:
+        trainer.register_hooks([_evaluation(plan, learner, folder)])
     statistics = WorkerStatistics([hook.distiller])
     checkpointer = TrainingCheckpointer(
         hook.distiller.student, str(folder), group=patient_group(), trainer=trainer, worker_statistics=statistics

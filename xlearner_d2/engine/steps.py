@@ -252,6 +252,10 @@ class AMPStepTrainer(StepTrainer, AMPTrainer):
     def __init__(self, *args: Any, precision: torch.dtype = torch.float16, **kwargs: Any):
         super().__init__(*args, **kwargs)
         self.precision = precision
+        if precision != torch.float16:
+            # Detectron2 scales losses in any precision. In one that does not overflow the scale would double for ever,
+            # until the norms by which gradients are clipped do.
+            self.grad_scaler = torch.amp.GradScaler("cuda", enabled=False)
 
     def _precision(self) -> AbstractContextManager[Any]:
         return torch.autocast("cuda", self.precision)
@@ -261,8 +265,9 @@ class AMPStepTrainer(StepTrainer, AMPTrainer):
             self.grad_scaler.scale(loss).backward()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """As Detectron2's; a run that was without mixed precision so far, as on a CPU, has no scaler to go on with."""
-        super().load_state_dict({"grad_scaler": self.grad_scaler.state_dict(), **state_dict})
+        """As Detectron2's; a run that was without float16 so far, as on a CPU, has no scaler to go on with."""
+        saved = state_dict.get("grad_scaler") or self.grad_scaler.state_dict()
+        super().load_state_dict({**state_dict, "grad_scaler": saved})
 
 
 def running_statistics(model: nn.Module) -> dict[str, Tensor]:
