@@ -1,6 +1,7 @@
 """Whole runs on other networks; what cannot work is refused before anything is built, with the setting to change."""
 
 import logging
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -8,13 +9,17 @@ import pytest
 import timm
 import torch
 from conftest import Project
+from detectron2.config import CfgNode
 from detectron2.modeling import build_model
 from safetensors.torch import save_file
 from torch import Tensor
+from torch.nn.functional import interpolate
 
 from xlearner_d2.checkpoint.load import read_checkpoint
-from xlearner_d2.engine.branches import initialise_branches, student_config
+from xlearner_d2.engine import trainer
+from xlearner_d2.engine.branches import initialise_branches, settle_statistics, student_config
 from xlearner_d2.engine.plan import Plan, make_plan
+from xlearner_d2.modeling import XLearner
 from xlearner_d2.modeling.branches import build_branch
 from xlearner_d2.specs import ConfigError
 
@@ -240,3 +245,39 @@ def test_a_fitting_plan_has_no_problem(project: Project, caplog: pytest.LogCaptu
     plan = plan_of(project, GLOBAL, CONVNEXT, of_task("detection", "DEPTH"), 34)
     assert [spec.depth for spec in plan.branches] == [34]
     assert not caplog.records
+
+
+def largest(model: XLearner) -> float:
+    """What branches send of a smooth image at the first step, before any has learned: the largest number."""
+    images = interpolate(255 * torch.rand(2, 3, 8, 8, generator=torch.Generator().manual_seed(1)), size=64) - 110
+    with torch.no_grad():
+        received = model.train().backbone.received([(images, task) for task in model.backbone.tasks])
+    return max(float(of.abs().max()) for sources in received for sent in sources.values() for of in sent.values())
+
+
+@pytest.mark.parametrize("depth", [50, 101])
+def test_what_deep_branches_send_before_they_have_learned_fits_into_float16(
+    make_model: Callable[..., XLearner], tiny_cfg: CfgNode, depth: int
+) -> None:
+    model = make_model("MODEL.RESNETS.DEPTH", depth)
+    started = next(iter(model.backbone.branches.values()))
+    started.stem.conv1.norm.running_mean.fill_(1.0)  # as of a file
+    before = {name: value.clone() for name, value in started.state_dict().items()}
+    limit = torch.finfo(torch.float16).max
+    assert (largest(model) > limit) == (depth == 101)
+    settle_statistics(model, tiny_cfg)
+    assert all(torch.equal(value, before[name]) for name, value in started.state_dict().items())
+    started.stem.conv1.norm.running_mean.zero_()
+    settle_statistics(model, tiny_cfg)
+    assert largest(model) < limit / 10
+
+
+@pytest.mark.parametrize("precision", [torch.float16, torch.bfloat16])
+def test_statistics_are_settled_where_float16_needs_it(
+    project: Project, monkeypatch: pytest.MonkeyPatch, precision: torch.dtype
+) -> None:
+    settled: list[object] = []
+    monkeypatch.setattr(trainer, "autocast_dtype", lambda cfg: precision)
+    monkeypatch.setattr(trainer, "settle_statistics", lambda model, cfg: settled.append(model))
+    project.run("XLEARNER.STAGE", "expand", "SOLVER.MAX_ITER", 1)
+    assert len(settled) == (precision == torch.float16)

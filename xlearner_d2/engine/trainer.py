@@ -23,7 +23,7 @@ from ..modeling import XLearner
 from ..modeling.heads import class_counts
 from ..modeling.weighting import weigh_losses, weights_of
 from ..modeling.xlearner import autocast_dtype
-from .branches import initialise_branches, load_expanded
+from .branches import initialise_branches, load_expanded, settle_statistics
 from .checkpoints import Checkpoints
 from .class_names import class_names
 from .evaluate import SourceResults, evaluate_sources
@@ -174,6 +174,8 @@ def expand(plan: Plan, *, resume_run: bool) -> XLearner:
         initialise_branches(model, cfg, plan.branches)
     else:
         logger.info(f"Extending {plan.growth.path}: {grow(model, cfg, plan.growth, plan.branches)}")
+    if autocast_dtype(cfg) is torch.float16:
+        settle_statistics(model, cfg)
     loader = build_loader(plan, "expand")
     latest = LatestBatch(loader)
     weighed = weigh(plan, model, "expand")
