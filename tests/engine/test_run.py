@@ -124,6 +124,17 @@ def test_settings_that_only_heads_read_are_told(project, caplog):
     assert told in caplog.text
 
 
+@pytest.mark.parametrize(("workers", "norm", "told"), [(1, "BN", False), (2, "BN", True), (2, "naiveSyncBN", False)])
+def test_few_images_of_a_worker_are_told(project, caplog, monkeypatch, workers, norm, told):
+    monkeypatch.setenv("DETECTRON2_DATASETS", str(project.root / "data"))
+    _LOG_COUNTER.clear()
+    make_plan(project.load("MODEL.RESNETS.NORM", norm), world_size=workers)
+    text = (
+        "Each of the 2 workers has few images of areas (1), boxes (1), pics (1) in a step, and BN normalises by these"
+    )
+    assert (text in caplog.text) == told
+
+
 def test_a_student_is_evaluated_on_the_way(project):
     project.run("TEST.EVAL_PERIOD", 1)
     lines = (project.root / "out/squeeze/metrics.json").read_text().splitlines()

@@ -21,7 +21,7 @@ from .branches import check_branches, check_networks, learner_config, squeezes
 from .class_names import check_class_names, stored_class_names
 from .drawn import Drawn, balance, check_weighting
 from .growth import Growth, check_growth, read_growth, with_stored_classes
-from .plan_checks import check_head, check_settings, check_tests, check_training, tell_unread
+from .plan_checks import check_head, check_settings, check_tests, check_training, tell_few_images, tell_unread
 from .resumed import changed_settings, check_expansion_unchanged, check_squeeze_unchanged, check_unchanged
 from .scaling import check_norm, scale_to_workers
 from .squeeze_settings import check_task_weights, hint_factors, squeeze_batches
@@ -183,6 +183,7 @@ def make_plan(cfg: CfgNode, *, world_size: int) -> Plan:
         "squeeze": balance(asked.cfg, [s for s in asked.sources if s.train], data, world_size),
     }
     _check_drawn(asked, drawn, heads, data, world_size)
+    tell_few_images(asked.cfg, drawn["expand"].sources, world_size)
     tasks = _derive_tasks(asked, heads, {s.task for s in drawn[squeeze_batches(asked.cfg)].sources})
     _check_student_heads(asked, tasks)
     return Plan(

@@ -75,6 +75,24 @@ def tell_unread(cfg: CfgNode) -> None:
         log_first_n(logging.WARNING, text, key="message")  # a study makes the same plan for each of its runs
 
 
+#: Images of a source in one worker's step, below which statistics of a batch are said to be of few.
+FEW_IMAGES = 4
+
+
+def tell_few_images(cfg: CfgNode, sources: Sequence[SourceSpec], world_size: int) -> None:
+    """Warn of BN over few images, as a worker has its share of a source's images alone."""
+    shares = {source.name: source.ims_per_batch // world_size for source in sources if source.train}
+    few = [f"{name} ({share})" for name, share in shares.items() if share < FEW_IMAGES]
+    if few and world_size > 1 and cfg.MODEL.RESNETS.NORM == "BN":
+        text = (
+            f"Each of the {world_size} workers has few images of {', '.join(few)} in a step, and BN normalises by these"
+        )
+        cure = (
+            "MODEL.RESNETS.NORM SyncBN (naiveSyncBN on CPUs) joins those of all workers, or set IMS_PER_BATCH higher."
+        )
+        log_first_n(logging.WARNING, f"{text} alone. {cure}", key="message")
+
+
 def check_device(name: str) -> list[str]:
     """Problems of ``MODEL.DEVICE``."""
     try:
