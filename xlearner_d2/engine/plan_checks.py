@@ -81,16 +81,12 @@ FEW_IMAGES = 4
 
 def tell_few_images(cfg: CfgNode, sources: Sequence[SourceSpec], world_size: int) -> None:
     """Warn of BN over few images, as a worker has its share of a source's images alone."""
-    shares = {source.name: source.ims_per_batch // world_size for source in sources if source.train}
-    few = [f"{name} ({share})" for name, share in shares.items() if share < FEW_IMAGES]
+    shares = {source.name: source.ims_per_batch // world_size for source in sources}
+    few = ", ".join(f"{name} ({share})" for name, share in shares.items() if share < FEW_IMAGES)
     if few and world_size > 1 and cfg.MODEL.RESNETS.NORM == "BN":
-        text = (
-            f"Each of the {world_size} workers has few images of {', '.join(few)} in a step, and BN normalises by these"
-        )
-        cure = (
-            "MODEL.RESNETS.NORM SyncBN (naiveSyncBN on CPUs) joins those of all workers, or set IMS_PER_BATCH higher."
-        )
-        log_first_n(logging.WARNING, f"{text} alone. {cure}", key="message")
+        text = f"Each of the {world_size} workers has few images of {few} in a step, and BN normalises by these."
+        cure = "MODEL.RESNETS.NORM SyncBN (on CPUs naiveSyncBN) joins those of all; or set IMS_PER_BATCH higher."
+        log_first_n(logging.WARNING, f"{text} {cure}", key="message")
 
 
 def check_device(name: str) -> list[str]:
