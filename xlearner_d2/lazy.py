@@ -19,7 +19,7 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from .config import default_config, load_config
-from .engine.branches import initialise_branches
+from .engine.branches import initialise_branches, settle_statistics
 from .engine.optimizer import make_multiplier, make_optimizer
 from .engine.plan import Plan, make_plan
 from .engine.trainer import build_loader
@@ -107,6 +107,8 @@ def build_expansion(settings: Mapping[str, Any]) -> XLearner:
     plan = _plan_of(settings)
     model = build_model(plan.cfg).to(memory_format=torch.channels_last if plan.cfg.XLEARNER.CHANNELS_LAST else None)
     initialise_branches(model, plan.cfg, plan.branches)
+    if plan.cfg.MODEL.DEVICE.startswith("cuda"):  # the trainer's flags, not these settings, say in which precision
+        settle_statistics(model, plan.cfg)
     return cast(XLearner, model)
 
 

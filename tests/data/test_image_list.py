@@ -77,6 +77,15 @@ def test_columns_that_are_not_asked_for_are_no_part_of_a_label(separator: str, t
         listed(tmp_path, text)
 
 
+def test_what_stands_beyond_the_columns(tmp_path: Path) -> None:
+    found = [("a.jpg", "heron"), ("b.jpg", "stork")]
+    assert listed(tmp_path, "path,label\na.jpg,heron,\nb.jpg,stork\n") == found
+    assert listed(tmp_path, "birds\na.jpg,heron\nb.jpg,stork\n") == found
+    for text in ("a.jpg,heron\nb.jpg,stork,tern\n", "path,label\na.jpg,heron,grey\nb.jpg,stork\n"):
+        with pytest.raises(ConfigError, match="but 2 columns, as in the first line, are expected"):
+            listed(tmp_path, text)
+
+
 def test_columns_without_a_header(tmp_path: Path) -> None:
     found = listed(tmp_path, "7,heron,a.jpg\n8,stork,b.jpg\n", changed(SPEC, columns=(2, 1)))
     assert found == [("a.jpg", "heron"), ("b.jpg", "stork")]

@@ -101,6 +101,16 @@ def test_a_list_takes_no_file_of_another_folder(tmp_path: Path) -> None:
         read(changed(SEM_SPEC, classes=("x",), list="list.txt"), tmp_path)
 
 
+@pytest.mark.parametrize("names", ["a/1\nb/1\n", "b/1\n1\n"])
+def test_a_label_of_one_image_is_not_taken_for_that_of_another(tmp_path: Path, names: str) -> None:
+    for video in ("a", "b"):
+        save_image(tmp_path / f"sem/images/{video}/1.jpg")
+    save_label(tmp_path / "sem/labels/1.png", np.zeros((8, 12)))
+    (tmp_path / "list.txt").write_text(names)
+    with pytest.raises(ConfigError, match=r"sem/labels has only .*1\.png for both|which may be"):
+        read(changed(SEM_SPEC, classes=("x",), list="list.txt"), tmp_path)
+
+
 def test_images_and_labels_in_one_folder(tmp_path: Path) -> None:
     save_image(tmp_path / "all/1.jpg")
     save_label(tmp_path / "all/1.png", np.zeros((8, 12)))

@@ -129,7 +129,7 @@ def test_few_images_of_a_worker_are_told(project, caplog, monkeypatch, workers, 
     monkeypatch.setenv("DETECTRON2_DATASETS", str(project.root / "data"))
     _LOG_COUNTER.clear()
     make_plan(project.load("MODEL.RESNETS.NORM", norm), world_size=workers)
-    text = "Each of the 2 workers has few images of areas (1), boxes (1), pics (1) in a step, and BN normalises by"
+    text = "Each of the 2 workers has few images of segmentation (1), detection (1), classification (1) in a step"
     assert (text in caplog.text) == told
 
 

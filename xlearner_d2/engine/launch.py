@@ -28,7 +28,7 @@ from .plan_checks import check_device
 from .run import check_same_data, keeping_warnings, run, validate
 from .scaling import check_timeouts
 from .stopping import RunStopped, name_of, passing_on_signals
-from .workers import end_with_parent, work
+from .workers import end_with_parent, wait_for_all, work
 
 
 def start(args: argparse.Namespace) -> None:
@@ -170,7 +170,9 @@ def _start_in_torchrun(args: argparse.Namespace) -> None:
 
 def _dry_run(args: argparse.Namespace) -> None:
     cfg = load_config(args.config_file, args.opts)
-    plan, description = validate(cfg, args, world_size=comm.get_world_size())
+    with keeping_warnings(show=comm.get_local_rank() == 0):
+        plan, description = validate(cfg, args, world_size=comm.get_world_size())
+    wait_for_all()  # which has the patience that decoding images takes, as one worker of a machine does
     check_same_data(plan)
     if comm.is_main_process():
         print(description)

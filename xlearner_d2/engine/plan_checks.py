@@ -3,6 +3,7 @@
 import importlib.util
 import logging
 import os
+from collections import Counter
 from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 
@@ -75,15 +76,21 @@ def tell_unread(cfg: CfgNode) -> None:
         log_first_n(logging.WARNING, text, key="message")  # a study makes the same plan for each of its runs
 
 
-#: Images of a source in one worker's step, below which statistics of a batch are said to be of few.
+#: Images of a task in one worker's step, below which statistics of a batch are said to be of few.
 FEW_IMAGES = 4
 
 
 def tell_few_images(cfg: CfgNode, sources: Sequence[SourceSpec], world_size: int) -> None:
-    """Warn of BN over few images, as a worker has its share of a source's images alone."""
-    shares = {source.name: source.ims_per_batch // world_size for source in sources}
-    few = ", ".join(f"{name} ({share})" for name, share in shares.items() if share < FEW_IMAGES)
-    if few and world_size > 1 and cfg.MODEL.RESNETS.NORM == "BN":
+    """Warn of BN over few images, as branches of a worker see its share of their sources' images alone."""
+    x = cfg.XLEARNER
+    if world_size == 1 or x.STAGE == "squeeze" or x.SHARING == "shared" or cfg.MODEL.RESNETS.NORM != "BN":
+        return
+    if cfg.MODEL.BACKBONE.TIMM:  # of which many have no BN
+        return
+    shares = Counter[str]()
+    for source in sources:
+        shares[source.task] += source.ims_per_batch // world_size
+    if few := ", ".join(f"{task} ({share})" for task, share in shares.items() if share < FEW_IMAGES):
         text = f"Each of the {world_size} workers has few images of {few} in a step, and BN normalises by these."
         cure = "MODEL.RESNETS.NORM SyncBN (on CPUs naiveSyncBN) joins those of all; or set IMS_PER_BATCH higher."
         log_first_n(logging.WARNING, f"{text} {cure}", key="message")

@@ -246,6 +246,7 @@ class _Workers:
             self._failed_starts += 1
             worker.shutdown()
             raise
+        self._failed_starts = 0
         return worker
 
     def __enter__(self) -> "_Workers":

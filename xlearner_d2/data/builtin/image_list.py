@@ -116,15 +116,15 @@ def _read_rows(spec: DatasetSpec, file: Path) -> list[Row]:
         header = []
     if not cells:
         raise fail(spec, f"LIST: {file} has no image, but one a line is expected, followed by its label.")
-    first = header or cells[0][1]
+    width = len(header if len(header) > 1 else cells[0][1])  # a lone word above is a title
     path_column, label_column = _find_columns(spec, file, header, cells[0][1])
     separator = None
     if spec.multi_label:  # one for the whole file, as a lone label may be a name with a space
         separator = ";" if any(";" in row[label_column] for _, row in cells if len(row) > label_column) else " "
     problems, seen, rows = Problems(subject(spec)), dict[str, int](), []
     for line, row in cells:
-        if len(row) > len(first) and not spec.columns:
-            expected = f"{len(first)} columns, as in the first line, are expected"
+        if any(row[width:]) and not spec.columns:
+            expected = f"{width} columns, as in the first line, are expected"
             problems.add("malformed lines", f"{file}, line {line}: got {row}, but {expected}.")
             continue
         if len(row) <= max(path_column, label_column) or not row[path_column]:

@@ -183,10 +183,10 @@ def _choose(
                 f"LIST has {name!r}, which may be {found[same[0]]} or {found[same[1]]}: give its path below {folder}."
             )
             problems.add("ambiguous names", text)
-        elif same[0] != key and taken.get(same[0], name) != name:
-            text = f"LIST has {taken[same[0]]!r} and {name!r}, but {folder} has only {found[same[0]]} for both."
+        elif taken.get(same[0], key) != key:
+            text = f"LIST has {taken[same[0]]!r} and {key!r}, but {folder} has only {found[same[0]]} for both."
             problems.add(f"listed names with the same {kind}", text)
-        taken |= dict.fromkeys(same[:1], name)
+        taken |= dict.fromkeys(same[:1], key)
         chosen += [found[other] for other in same[:1]]
     raise_if_any(problems)
     return chosen
