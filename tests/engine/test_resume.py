@@ -338,11 +338,14 @@ def two_workers(project: Project, *opts: Any, resume: bool = False, stop: int = 
 def test_two_workers_stop_in_the_same_step_and_go_on_with_statistics_of_their_own(
     alone: Project, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    """In either stage. BN is not synchronised: workers' running statistics differ, and losses depend on them."""
+    """In either stage, after steps without an evaluation, which shares the statistics.
+
+    BN is not synchronised: workers' running statistics differ, and losses depend on them.
+    """
     assert two_workers(alone, "OUTPUT_DIR", alone.root / "two") == [0, 0]
     out = ("OUTPUT_DIR", alone.root / "two_stopped")
     statistics = []
-    for count, stage, step in ((3, "expand", 3), (STEPS - 3 + 2, "squeeze", 2)):
+    for count, stage, step in ((3, "expand", 3), (STEPS - 3 + 3, "squeeze", 3)):
         assert two_workers(alone, *out, stop=count, resume=stage == "squeeze") == [143, 143]
         assert capfd.readouterr().err.count(f"Stopped by SIGTERM after step {step} of {STEPS}") == 1
         found = read_checkpoint(alone.root / f"two_stopped/{stage}/model_{step - 1:07d}.pth")

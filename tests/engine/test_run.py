@@ -387,7 +387,7 @@ def test_workers_on_gpus_are_checked_for_in_a_process_of_its_own(project, monkey
     monkeypatch.setattr(launch, "usable_device", lambda cfg: "cuda")
     monkeypatch.setattr(launch, "_check_devices", lambda *args: True)
     started = []
-    monkeypatch.setattr(launch, "_launch", lambda cfg, args: started.append(args.opts))
+    monkeypatch.setattr(launch, "_launch", lambda cfg, args, told: started.append(args.opts))
     arguments = {"config_file": str(project.file), "dry_run": False, "num_gpus": 2, "num_machines": 1}
     arguments |= {"dist_url": "auto", "machine_rank": 0, "resume": False, "eval_only": False}
     launch.start(argparse.Namespace(**arguments, opts=["SOLVER.MAX_ITER", "3"]))
