@@ -181,9 +181,8 @@ def _usable(records: Records, source: SourceSpec, head: CfgNode) -> Records:
         data = f"data set{'s' * (len(source.train) > 1)} {', '.join(map(repr, source.train))}"
         text = f"{data}: {left_out} of {len(records)} images have no object to learn from and are left out."
         cure = "Set DATALOADER.FILTER_EMPTY_ANNOTATIONS False in OPTS to learn from them as background."
-        log_first_n(
-            logging.WARNING, f"{text} {cure}", key="message"
-        )  # a study reads the same data for each of its runs
+        # Once, as a study reads the same data for each of its runs.
+        log_first_n(logging.WARNING, f"{text} {cure}", key="message")
     fewest = head.MODEL.ROI_KEYPOINT_HEAD.MIN_KEYPOINTS_PER_IMAGE if head.MODEL.KEYPOINT_ON else 0
     kept = filter_images_with_few_keypoints(kept, fewest) if fewest else kept
     if not kept:
