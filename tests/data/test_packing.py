@@ -192,6 +192,9 @@ def test_a_batch_can_be_saved_as_it_is_where_a_step_fails(tmp_path):
 def test_a_label_that_is_changed_in_place_is_not_taken_for_another():
     """As autograd would, which needs what a loss has read: on a CPU a model gets these very tensors."""
     labels, weights = carried([torch.arange(4.0), torch.arange(4.0)])
-    found = (torch.ones(4, requires_grad=True) * weights).sum()
+    parameter = torch.ones(4, requires_grad=True)
+    loss = (parameter * weights).sum()
     labels += 1
-    found.backward()
+    loss.backward()
+    assert torch.equal(parameter.grad, torch.arange(4.0))
+    assert torch.equal(labels, torch.arange(1.0, 5.0))
