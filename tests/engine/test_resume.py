@@ -119,18 +119,18 @@ def test_sources_are_evaluated_on_the_way(alone: Project) -> None:
 
 
 def test_what_is_exported_is_the_average_with_statistics_of_its_own(alone: Project) -> None:
-    conv, statistics = "res2.0.conv1.weight", "stem.conv1.norm.running_mean"
+    trunk, conv, statistics = "backbone.branches.trunk.", "res2.0.conv1.weight", "stem.conv1.norm.running_mean"
     before, last = (
         torch.load(alone.root / f"alone/squeeze/{name}.pth", weights_only=False)
         for name in ("model_0000003", "model_final")
     )
     ((earlier,), (average,)) = (found_below(state, "average") for state in (before, last))
     (trained,) = found_below(before, "distiller")
-    assert not torch.equal(earlier[conv], average[conv]), "it follows"
-    assert not torch.equal(earlier[conv], trained[f"student.{conv}"]), "and stays behind"
+    assert not torch.equal(earlier[trunk + conv], average[trunk + conv]), "it follows"
+    assert not torch.equal(earlier[trunk + conv], trained[f"student.{conv}"]), "and stays behind"
     student = read_checkpoint(alone.root / "alone/student_d2.pth")["model"]
-    assert torch.equal(student[conv], average[conv])
-    assert not torch.equal(student[statistics], average[statistics])
+    assert torch.equal(student[conv], average[trunk + conv])
+    assert not torch.equal(student[statistics], average[trunk + statistics])
 
 
 def found_below(tree: Any, wanted: str) -> list[Any]:

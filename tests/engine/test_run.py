@@ -195,7 +195,9 @@ def test_resumed_run_ends_with_the_same_weights(finished, project, stage):
 
 @pytest.mark.parametrize(("opts", "online"), [([], False), (["EMA_DECAY", 0.5], False), (["ONLINE", True], True)])
 def test_the_student_that_is_evaluated_is_the_one_that_is_exported(project, monkeypatch, opts, online):
-    """With the statistics of the last recalibration, or the average of its weights; by the heads it learned with."""
+    """With the statistics of the last recalibration, or the average of its weights; by the heads it learned with,
+    averaged alike.
+    """
     found = []
 
     def note(model, plan, sources, *, folder):
@@ -212,6 +214,11 @@ def test_the_student_that_is_evaluated_is_the_one_that_is_exported(project, monk
     exported = weights(project.root / "out/student_d2.pth")  # without the counters of batches
     assert same({name: value for name, value in trunk.items() if "num_batches" not in name}, exported)
     assert metrics["squeezed"]["areas"] == {"set": {"top1": 50.0}}
+    kept = torch.load(project.root / f"out/{stage}/model_final.pth", weights_only=False)["trainer"]["hooks"]
+    heads = {name: value for name, value in state.items() if name.startswith("heads.")}
+    trained = kept["SqueezeHook"]["distiller"]
+    averaged = kept["SqueezeHook"].get("average", trained)
+    assert same(heads, {name: averaged[name] for name in heads})
 
 
 def test_hints_alone_leave_no_heads_to_evaluate(project):

@@ -13,7 +13,7 @@ from detectron2.utils import comm
 from detectron2.utils.env import seed_all_rng
 from fvcore.nn.precise_bn import update_bn_stats
 from timm.utils import ModelEmaV3
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..checkpoint.export import export_student
 from ..checkpoint.files import write_atomically
@@ -57,7 +57,7 @@ class SqueezeHook(HookBase):
         recalibration: loader of the images over which the student's BN statistics are estimated at the end.
         recalibration_batches: how many batches of them; 0 keeps the running averages.
         finish: called by all workers at the end, when the student is what is to be exported.
-        average: running average of the student's weights, which it ends with; None for none.
+        average: running average of the weights of :attr:`learner`, which it ends with; None for none.
     """
 
     def __init__(
@@ -81,6 +81,11 @@ class SqueezeHook(HookBase):
     def distiller(self) -> Distiller:
         return getattr(self.inner.module, "model", self.inner.module)  # without what weighs its losses
 
+    @property
+    def learner(self) -> nn.Module:
+        """What is trained for good, projectors left out: the student, with its heads if it has any."""
+        return self.distiller.learner or self.distiller.student
+
     def after_step(self) -> None:
         self.inner.iter = self.trainer.iter
         rate = self.inner.optimizer.param_groups[0]["lr"]
@@ -89,16 +94,15 @@ class SqueezeHook(HookBase):
         self.inner.run_step()
         self.scheduler.step()
         if self.average is not None:
-            self.average.update(self.distiller.student, step=self.trainer.iter)
+            self.average.update(self.learner, step=self.trainer.iter)
 
     def after_train(self) -> None:
         if self.trainer.iter < self.trainer.max_iter:
             return  # stopped early: the checkpoint holds the state, there is nothing to export yet
-        distiller = self.distiller
         if self.average is not None:
-            distiller.student.load_state_dict(self.average.module.state_dict())
-        recalibrate(distiller, self.recalibration, self.recalibration_batches)
-        share_norm_statistics(distiller.learner or distiller.student)
+            self.learner.load_state_dict(self.average.module.state_dict())
+        recalibrate(self.distiller, self.recalibration, self.recalibration_batches)
+        share_norm_statistics(self.learner)
         self.finish()
         wait_for_all()
 
@@ -207,13 +211,15 @@ def build_squeeze_hook(
         teacher.keep_in(distiller.autocast_dtype)
     trainer = build_step_trainer(cfg, weighed, batches, optimizer, scope=scope)
     trainer.on_non_finite = stop_at_failure(plan, "squeeze", {"expand": teacher, "squeeze": weighed})
+    decay = squeeze.EMA_DECAY
+    average = ModelEmaV3(learner or student, decay=decay, use_warmup=True) if decay else None
     return SqueezeHook(
         trainer=trainer,
         scheduler=make_schedule(cfg, optimizer),
         recalibration=build_loader(plan, stage, seed_offset=1),
         recalibration_batches=squeeze.BN_RECALIBRATION_BATCHES,
         finish=finish,
-        average=ModelEmaV3(student, decay=squeeze.EMA_DECAY, use_warmup=True) if squeeze.EMA_DECAY else None,
+        average=average,
     )
 
 
