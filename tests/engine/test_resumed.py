@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 from conftest import Project
+from detectron2.config import CfgNode
 
 from xlearner_d2.checkpoint.load import read_checkpoint
 from xlearner_d2.engine.plan import Plan, check_output, make_plan
@@ -69,6 +70,22 @@ def test_every_setting_that_stays(project: Project, tmp_path: Path, name: str, v
     assert check_unchanged(project.load("OUTPUT_DIR", tmp_path, "SOLVER.BASE_LR", 0.5)) == []
     (problem,) = check_unchanged(project.load("OUTPUT_DIR", tmp_path, name, value))
     assert problem.startswith(f"{name} is {value!r}, but the run in {tmp_path} has ")
+
+
+def test_the_order_of_sources_stays(project: Project, tmp_path: Path) -> None:
+    """What the optimiser remembers is restored by position."""
+
+    def ordered(*names: str) -> CfgNode:
+        cfg = project.load("OUTPUT_DIR", tmp_path)
+        cfg.defrost()
+        cfg.XLEARNER.SOURCES = CfgNode({name: cfg.XLEARNER.SOURCES.pics.clone() for name in names})
+        return cfg
+
+    keep_config(ordered("b", "a"))
+    assert check_unchanged(ordered("b", "a")) == []
+    (problem,) = check_unchanged(ordered("a", "b"))
+    wish = f"but the run in {tmp_path} has 'b, a'. Set it so, or another OUTPUT_DIR."
+    assert problem == f"The order of XLEARNER.SOURCES is 'a, b', {wish}"
 
 
 def test_the_optimiser_of_a_squeeze_that_has_begun_stays(project: Project) -> None:

@@ -28,12 +28,20 @@ def keep_config(cfg: CfgNode) -> None:
     write_atomically(cfg.dump(sort_keys=False), Path(cfg.OUTPUT_DIR) / CONFIG_FILE)
 
 
-def changed_settings(cfg: CfgNode) -> dict[str, tuple[Any, Any]]:
-    """By name, each setting that differs from those of the run so far: what it was, and what it is; None: not there."""
+def _kept(cfg: CfgNode) -> dict[str, Any] | None:
+    """The config of the run so far; None when there is none."""
     path = Path(cfg.OUTPUT_DIR) / CONFIG_FILE
     if not path.is_file():
+        return None
+    return cast(dict[str, Any], CfgNode.load_yaml_with_base(str(path), allow_unsafe=False))
+
+
+def changed_settings(cfg: CfgNode) -> dict[str, tuple[Any, Any]]:
+    """By name, each setting that differs from those of the run so far: what it was, and what it is; None: not there."""
+    kept = _kept(cfg)
+    if kept is None:
         return {}
-    before = dict(flat(cast(dict[str, Any], CfgNode.load_yaml_with_base(str(path), allow_unsafe=False))))
+    before = dict(flat(kept))
     now = dict(flat(yaml.safe_load(cfg.dump())))
     names = [*now, *(name for name in before if name not in now)]
     return {name: (before.get(name), now.get(name)) for name in names if before.get(name) != now.get(name)}
@@ -42,7 +50,16 @@ def changed_settings(cfg: CfgNode) -> dict[str, tuple[Any, Any]]:
 def check_unchanged(cfg: CfgNode) -> list[str]:
     """Problems of settings that cannot be changed while a run lasts."""
     changes = changed_settings(cfg)
-    return [_stays(cfg, name, *change) for name, change in changes.items() if name.startswith(_FIXED)]
+    problems = [_stays(cfg, name, *change) for name, change in changes.items() if name.startswith(_FIXED)]
+    return problems + _check_order(cfg)
+
+
+def _check_order(cfg: CfgNode) -> list[str]:
+    """Problems of the order of sources, by which checkpoints have what the optimiser remembers of each parameter."""
+    before, now = (list(of["XLEARNER"]["SOURCES"]) for of in (_kept(cfg) or cfg, cfg))
+    if sorted(before) != sorted(now) or before == now:  # others do not fit the checkpoint, which says so
+        return []
+    return [_stays(cfg, "The order of XLEARNER.SOURCES", ", ".join(before), ", ".join(now))]
 
 
 def check_squeeze_unchanged(cfg: CfgNode) -> list[str]:
