@@ -136,6 +136,21 @@ def test_a_frozen_backbone_stays_bit_for_bit(tiny: TinySuite, suite: Suite, spy:
 
 
 @pytest.mark.parametrize("name", ["student", "branch"])
+@pytest.mark.parametrize("protocol", ["linear", "probe"])
+def test_weights_kept_in_low_precision_change_nothing(
+    tiny: TinySuite, spy: Spy, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, protocol: str, name: str
+) -> None:
+    """Also on a CPU for which bfloat16 is slow."""
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: True)
+    suite = tiny.parse("SOLVER.AMP.ENABLED", True)
+    kept = run(suite, protocol, backbone(tiny, name), cache=tmp_path / "kept")
+    low = {key for key, value in spy.state().items() if value.dtype == torch.bfloat16}
+    assert low == {key for key, value in spy.state().items() if value.dim() == 4}  # those of convolutions
+    monkeypatch.setattr(protocols, "keep_convolutions_in", lambda *_args: None)
+    assert repr(run(suite, protocol, backbone(tiny, name), cache=tmp_path / "as they are")) == repr(kept)
+
+
+@pytest.mark.parametrize("name", ["student", "branch"])
 @pytest.mark.parametrize("protocol", ["tuned_free", "dense_free", "linear_free"])
 def test_a_free_backbone_moves(tiny: TinySuite, suite: Suite, spy: Spy, protocol: str, name: str) -> None:
     run(suite, protocol, backbone(tiny, name))

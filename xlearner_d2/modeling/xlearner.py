@@ -150,13 +150,7 @@ class XLearner(nn.Module):
         """
         assert self.frozen
         self.autocast_dtype = dtype
-        if dtype is None:
-            return
-        for module in self.backbone.modules():
-            # Others, as those of timm that standardise their weights first, may need these as they are.
-            if type(module) in CONVOLUTIONS:
-                for parameter in module.parameters(recurse=False):  # a norm layer within stays as it is
-                    parameter.data = parameter.data.to(dtype)
+        keep_convolutions_in(self.backbone, dtype)
 
     @property
     def device(self) -> torch.device:
@@ -295,6 +289,18 @@ class XLearner(nn.Module):
         else:  # of a meta-architecture that keeps it elsewhere
             padded = ImageList.from_tensors(normalised, size_divisibility=32)
         return padded.tensor.flatten(0, -4)
+
+
+def keep_convolutions_in(network: nn.Module, dtype: torch.dtype | None) -> None:
+    """Keep the convolutions of a frozen network in the precision of mixed precision; None leaves them as they are.
+
+    What it computes stays the same, without converting every weight in every call.
+    """
+    for module in network.modules() if dtype is not None else ():
+        # Others, as those of timm that standardise their weights first, may need these as they are.
+        if type(module) in CONVOLUTIONS:
+            for parameter in module.parameters(recurse=False):  # a norm layer within stays as it is
+                parameter.data = parameter.data.to(dtype)
 
 
 def autocast(device: torch.device, dtype: torch.dtype | None) -> torch.autocast | nullcontext[None]:

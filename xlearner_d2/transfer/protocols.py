@@ -30,7 +30,7 @@ from ..evaluation.probe import Labelled, extract_features, knn_probe, linear_pro
 from ..evaluation.trivial import trivial_metrics
 from ..modeling.heads import find_resnet, head_config
 from ..modeling.small_maps import multiply_small_maps
-from ..modeling.xlearner import cpu_autocast_dtype
+from ..modeling.xlearner import cpu_autocast_dtype, keep_convolutions_in
 from ..specs import ConfigError, SourceSpec, nearest
 from .backbones import BackboneSpec, load_backbone
 from .memo import MemoisedBackbone
@@ -92,6 +92,7 @@ def _features(
     cfg = suite.cfg
     network = load_backbone(backbone, cfg, seed=seed).eval()
     network.to(memory_format=torch.channels_last)
+    keep_convolutions_in(network, cpu_autocast_dtype(cfg))
     train, test = (
         extract_features(
             network,
@@ -217,6 +218,7 @@ def _install(
         network.freeze(freeze_at)
     if freeze_at == 5:
         network.to(memory_format=torch.channels_last).eval()
+        keep_convolutions_in(network, cpu_autocast_dtype(suite.cfg))
         if is_deterministic(cfg):  # else the very same pixels hardly return, and to look for them costs time
             network = MemoisedBackbone(network)
     setattr(parent, attribute, network)
