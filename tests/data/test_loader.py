@@ -1,5 +1,6 @@
 """The joint loader: the same batches whoever reads them, and a file named when it cannot be read."""
 
+import random
 from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
@@ -105,6 +106,24 @@ def test_random_state_of_the_caller_has_no_influence(heads: Any, records: Any) -
     torch.manual_seed(1)
     np.random.seed(1)
     assert_equal(first, batches(heads, records))
+
+
+def test_random_state_of_the_caller_stays(heads: Any, records: Any) -> None:
+    """Also while its own process reads, as the model draws from it."""
+
+    def drawn() -> tuple[float, ...]:
+        return torch.rand(()).item(), float(np.random.rand()), random.random()
+
+    def seed() -> None:
+        torch.manual_seed(1)
+        np.random.seed(1)
+        random.seed(1)
+
+    seed()
+    expected = drawn()
+    seed()
+    batches(heads, records)
+    assert drawn() == expected
 
 
 def test_augmentation_is_random(heads: Any, records: Any) -> None:

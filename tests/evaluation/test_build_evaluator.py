@@ -10,6 +10,7 @@ import pytest
 import torch
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.data.datasets import register_coco_instances, register_pascal_voc
+from detectron2.evaluation import SemSegEvaluator
 from detectron2.structures import Boxes, Instances
 from PIL import Image
 from sklearn.metrics import jaccard_score
@@ -199,6 +200,21 @@ def test_sem_seg_agrees_with_sklearn(tmp_path, register):
     results = _evaluate_labels(_sem_seg(tmp_path, register, labels), predicted)
     expected = jaccard_score(labels[3:].ravel(), predicted[3:].ravel(), average="macro")
     assert main_metric(results) == pytest.approx({"sem_seg/mIoU": 100 * expected})
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_sem_seg_counts_what_detectron2_counts(tmp_path, register, dtype):
+    """Also where classes have equal scores, of which the first counts."""
+    generator = torch.Generator().manual_seed(0)
+    scores = torch.randint(3, (3, SIZE, SIZE), generator=generator).to(dtype)
+    name = _sem_seg(tmp_path, register, np.zeros((SIZE, SIZE), dtype=np.uint8))
+    found = []
+    stock = SemSegEvaluator(name, sem_seg_loading_fn=lambda path, dtype: np.array(Image.open(path), dtype=dtype))
+    for evaluator in (build_evaluator(name, output_dir=None), stock):
+        evaluator.reset()
+        evaluator.process([{"file_name": "a.png"}], [{"sem_seg": scores}])
+        found.append(evaluator.evaluate()["sem_seg"])
+    np.testing.assert_equal(found[0], found[1])  # classes that are not there have no accuracy
 
 
 @pytest.mark.filterwarnings("error::RuntimeWarning")

@@ -7,7 +7,7 @@ Boxes, masks, keypoints and semantic labels are mapped by Detectron2's own ``Dat
 import inspect
 import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any, Protocol
 
 import numpy as np
@@ -15,6 +15,7 @@ import torch
 from detectron2.config import CfgNode
 from detectron2.data import DatasetMapper
 from detectron2.utils.registry import locate
+from torch.utils.data import get_worker_info
 
 from ..specs import ConfigError
 from . import files as files  # images in tar files and labels with a palette are then paths that can be opened
@@ -120,12 +121,18 @@ def map_one(mapper: SourceMapper, records: Sequence[Record], index: int, *, seed
 
 @contextmanager
 def _augmentation_seed(seed: int) -> Iterator[None]:
-    """Seed what augmentations draw from, and restore it: without loader workers, the model draws from it as well."""
-    python, numpy = random.getstate(), np.random.get_state()
-    with torch.random.fork_rng(devices=[]):
+    """Seed what augmentations draw from; where the model draws from it as well, restore it afterwards."""
+    with _restored_random_state() if get_worker_info() is None else nullcontext():
         random.seed(seed)
         np.random.seed(seed)  # Detectron2's augmentations
         torch.default_generator.manual_seed(seed)  # timm's; torch.manual_seed would format a stack trace for CUDA
+        yield
+
+
+@contextmanager
+def _restored_random_state() -> Iterator[None]:
+    python, numpy = random.getstate(), np.random.get_state()
+    with torch.random.fork_rng(devices=[]):
         try:
             yield
         finally:
