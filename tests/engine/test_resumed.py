@@ -86,6 +86,8 @@ def test_the_order_of_sources_stays(project: Project, tmp_path: Path) -> None:
     (problem,) = check_unchanged(ordered("a", "b"))
     wish = f"but the run in {tmp_path} has 'b, a'. Set it so, or another OUTPUT_DIR."
     assert problem == f"The order of XLEARNER.SOURCES is 'a, b', {wish}"
+    (tmp_path / "config.yaml").write_text("VERSION: 2\n")  # of another program
+    assert not [text for text in check_unchanged(ordered("a", "b")) if text.startswith("The order")]
 
 
 def test_the_optimiser_of_a_squeeze_that_has_begun_stays(project: Project) -> None:

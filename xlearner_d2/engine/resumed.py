@@ -56,7 +56,7 @@ def check_unchanged(cfg: CfgNode) -> list[str]:
 
 def _check_order(cfg: CfgNode) -> list[str]:
     """Problems of the order of sources, by which checkpoints have what the optimiser remembers of each parameter."""
-    before, now = (list(of["XLEARNER"]["SOURCES"]) for of in (_kept(cfg) or cfg, cfg))
+    before, now = (list(of.get("XLEARNER", {}).get("SOURCES", {})) for of in (_kept(cfg) or cfg, cfg))
     if sorted(before) != sorted(now) or before == now:  # others do not fit the checkpoint, which says so
         return []
     return [_stays(cfg, "The order of XLEARNER.SOURCES", ", ".join(before), ", ".join(now))]
