@@ -47,6 +47,7 @@ def complete(base: str, changes: Mapping[str, Any]) -> dict[str, Any]:
 _ENGINE_ALONE = (
     "XLEARNER.EXTEND",
     "XLEARNER.FREEZE",
+    "XLEARNER.TRUNK_STEPS",
     "XLEARNER.STEPS",
     "XLEARNER.AMP_PRECISION",
     "XLEARNER.WEIGHTING.METHOD",

@@ -28,6 +28,9 @@ def add_xlearner_config(cfg: CfgNode) -> None:
     x.PROBES = CfgNode(new_allowed=True)
     # How branches share: separate, shared (one trunk), detached (features passed on without gradient), bidirectional.
     x.SHARING = "detached"
+    # Steps of hard sharing on the same sources before the expansion (SOLVER.MAX_ITER), whose branches then start as
+    # that trunk; 0 for none, and branches start as MODEL.WEIGHTS says (docs/OWN_DATA.md#short-training).
+    x.TRUNK_STEPS = 0
     # Images per data set that are decoded before training starts, spread evenly; all must exist. -1: every image.
     x.CHECK_IMAGES = 5000
     # Faster convolutions on GPUs with tensor cores and on CPUs.

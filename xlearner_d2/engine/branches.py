@@ -109,6 +109,9 @@ def check_branches(
         elif spec.name in old and spec.weights:
             wish = "starts as XLEARNER.EXTEND has it"
             problems.append(f"XLEARNER.BRANCHES.{spec.name}.WEIGHTS is {spec.weights!r}, but that branch {wish}.")
+        elif starts_from_trunk(cfg) and (own := network_name(branch_config(cfg, spec.name))) != network_name(cfg):
+            wish = f"but with XLEARNER.TRUNK_STEPS all branches start as one trunk, {network_name(cfg)}"
+            problems.append(f"XLEARNER.BRANCHES.{spec.name} is {own}, {wish}.")
     found = [*_unbuildable(cfg, tasks)]
     if problems or found:
         return problems + found
@@ -209,6 +212,11 @@ def _check_student(
     ]
 
 
+def starts_from_trunk(cfg: CfgNode) -> bool:
+    """Whether a run's branches start as a trunk that it trains first."""
+    return cfg.XLEARNER.STAGE != "squeeze" and bool(cfg.XLEARNER.TRUNK_STEPS)
+
+
 def squeezes(cfg: CfgNode) -> bool:
     """Whether a run has a student."""
     return cfg.XLEARNER.STAGE != "expand" or bool(cfg.XLEARNER.SQUEEZE.ONLINE)
@@ -245,13 +253,14 @@ def _check_hints(cfg: CfgNode, student: Branch, givers: Mapping[str, Branch]) ->
 
 def _two_res5(cfg: CfgNode, tasks: Sequence[TaskSpec]) -> str:
     """Branches may differ in the stride of res5; heads that share a trunk cannot, as all of the student's do."""
-    shared = cfg.XLEARNER.SHARING == "shared"
+    shared = cfg.XLEARNER.SHARING == "shared" or starts_from_trunk(cfg)
     squeezed = cfg.XLEARNER.SQUEEZE.TASK_LOSSES and squeezes(cfg)
     strides = {task.name: 32 // task.res5_dilation for task in tasks if STAGES[-1] in task.out_features}
     if len(set(strides.values())) < 2 or not (shared or squeezed):
         return ""
     listed = ", ".join(f"{name} has stride {stride}" for name, stride in strides.items())
     cure = "" if shared else ", or XLEARNER.SQUEEZE.TASK_LOSSES to False"
+    cure += ", or XLEARNER.TRUNK_STEPS to 0" if starts_from_trunk(cfg) and not squeezed else ""
     return (
         f"The {'trunk' if shared else 'student'} has one res5, but the heads of the tasks want different strides of it "
         f"({listed}): set MODEL.RESNETS.RES5_DILATION alike in the OPTS of their sources{cure}."
@@ -281,12 +290,19 @@ def load_expanded(model: XLearner, cfg: CfgNode, path: Path) -> LoadReport:
     return load_strictly(model, with_own_counters(model, checkpoint["model"]), path=path)
 
 
-def initialise_branches(model: XLearner, cfg: CfgNode, specs: Sequence[BranchSpec]) -> None:
+def initialise_branches(model: XLearner, cfg: CfgNode, specs: Sequence[BranchSpec], *, start: str = "") -> None:
     """Start from ``MODEL.WEIGHTS``, an expanded checkpoint as a whole or one file for all branches, or each its own.
 
     Of an expanded checkpoint of hard sharing, every branch starts as the trunk; reconciliation layers then start anew,
     which is as if there were none.
+
+    Args:
+        start: a file to start from instead of ``MODEL.WEIGHTS``.
     """
+    if start:
+        cfg = cfg.clone()
+        cfg.defrost()
+        cfg.MODEL.WEIGHTS = start
     weights = cfg.MODEL.WEIGHTS
     whole = bool(weights) and is_expanded(weights)
     fresh = {

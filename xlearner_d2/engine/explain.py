@@ -35,8 +35,9 @@ def explain(plan: Plan) -> str:
     growth = []
     if plan.growth is not None and "expand" in plan.stages:
         growth = [f"It extends {plan.growth.path}: {grow(model, plan.cfg, plan.growth, plan.branches)}"]
+    trunk = f"a shared trunk for {plan.trunk_steps} steps, then " if plan.trunk_steps else ""
     lines = [
-        f"The plan: {', then '.join(f'{stage} for {_steps(plan, stage)} steps' for stage in plan.stages)}, "
+        f"The plan: {trunk}{', then '.join(f'{stage} for {_steps(plan, stage)} steps' for stage in plan.stages)}, "
         f"on {_devices(plan)}, sharing {plan.cfg.XLEARNER.SHARING!r}.",
         *_scaling(plan),
         *growth,
@@ -99,7 +100,7 @@ def _source_row(plan: Plan, model: XLearner, source: SourceSpec, drawn: Drawn) -
     by_name = {of.name: of for of in drawn.sources}
     if source.name in by_name:
         images, part = by_name[source.name].ims_per_batch, drawn.part(source)
-        epochs = _steps(plan, plan.stages[0]) * part * images / len(data.train)
+        epochs = (plan.trunk_steps + _steps(plan, plan.stages[0])) * part * images / len(data.train)
         seen = [images, *([f"{drawn.turns[source.name]} of {sum(drawn.turns.values())}"] if drawn.turns else [])]
         seen.append(f"{epochs:.1f}")
     else:

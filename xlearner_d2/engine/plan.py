@@ -17,7 +17,7 @@ from ..extensions import import_modules
 from ..modeling.branches import BranchSpec
 from ..modeling.heads import derive_tasks, head_config
 from ..specs import ConfigError, ProbeSpec, SourceSpec, TaskSpec, parse_records, parse_sources
-from .branches import check_branches, check_networks, learner_config, squeezes
+from .branches import check_branches, check_networks, learner_config, squeezes, starts_from_trunk
 from .class_names import check_class_names, stored_class_names
 from .drawn import Drawn, balance, check_weighting
 from .growth import Growth, check_growth, read_growth, with_stored_classes
@@ -67,8 +67,13 @@ class Plan:
         """The stages to run, in order."""
         return ("expand", "squeeze") if self.cfg.XLEARNER.STAGE == "all" else (self.cfg.XLEARNER.STAGE,)
 
+    @property
+    def trunk_steps(self) -> int:
+        """Steps of the trunk that is trained first, if any."""
+        return int(self.cfg.XLEARNER.TRUNK_STEPS) if starts_from_trunk(self.cfg) else 0
+
     def stage_dir(self, stage: str) -> Path:
-        """Where a stage keeps its checkpoints and logs."""
+        """Where a stage keeps its checkpoints and logs; that of the trunk is the output of a whole run."""
         return Path(self.cfg.OUTPUT_DIR) / stage
 
 
@@ -93,7 +98,8 @@ def check_output(plan: Plan, *, resume: bool) -> None:
         ConfigError: naming the folder and what to do.
     """
     problems = check_unchanged(plan.cfg) if resume else []
-    for stage in plan.stages:
+    trunk = ["trunk"] if plan.trunk_steps else []
+    for stage in (*trunk, *plan.stages):
         folder = plan.stage_dir(stage)
         if not resume and folder.is_dir() and any(folder.iterdir()):
             problems.append(f"{folder} is not empty. Add --resume to continue that run, or set another OUTPUT_DIR.")

@@ -71,9 +71,14 @@ def check_squeeze_unchanged(cfg: CfgNode) -> list[str]:
 
 def check_expansion_unchanged(cfg: CfgNode) -> list[str]:
     """The same for an expansion that has begun: its checkpoints hold a student, or none."""
-    name = "XLEARNER.SQUEEZE.ONLINE"
     changes = changed_settings(cfg)
-    return [_stays(cfg, name, *changes[name])] if name in changes else []
+    online = "XLEARNER.SQUEEZE.ONLINE"
+    problems = [_stays(cfg, online, *changes[online])] if online in changes else []
+    trunk = "XLEARNER.TRUNK_STEPS"
+    before, now = changes.get(trunk, (0, 0))
+    if bool(before) != bool(now):  # not of another number alone, which another number of workers brings
+        problems.append(_stays(cfg, trunk, before or 0, now))
+    return problems
 
 
 def _stays(cfg: CfgNode, name: str, before: Any, now: Any) -> str:

@@ -37,6 +37,7 @@ from .squeeze import SOURCE_RESULTS, squeeze
 from .squeeze_settings import squeeze_batches
 from .stopping import ending_on_signals, stopping_when_full
 from .trainer import expand
+from .trunk import train_trunk
 from .workers import describe_workers, wait_for_all
 
 logger = logging.getLogger(__name__)
@@ -221,7 +222,8 @@ def _train(plan: Plan, *, resume: bool) -> XLearner | None:
     """Run the stages; return the expanded model if this run has it."""
     model = None
     if "expand" in plan.stages:
-        model = expand(plan, resume_run=resume)
+        start = train_trunk(plan, resume_run=resume)
+        model = expand(plan, resume_run=resume, start=start)
     if "squeeze" in plan.stages and not plan.cfg.XLEARNER.SQUEEZE.ONLINE:
         squeeze(plan, resume_run=resume)
     return model

@@ -27,6 +27,7 @@ def scale_to_workers(cfg: CfgNode, world_size: int) -> CfgNode:
         scale = world_size / reference
         _scale_solver(cfg.SOLVER, scale)
         _scale_solver(cfg.XLEARNER.SQUEEZE.SOLVER, scale)
+        cfg.XLEARNER.TRUNK_STEPS = _scale_steps(cfg.XLEARNER.TRUNK_STEPS, scale)
         cfg.TEST.EVAL_PERIOD = _scale_steps(cfg.TEST.EVAL_PERIOD, scale)
         _scale_batches(cfg, world_size, reference)
         cfg.SOLVER.REFERENCE_WORLD_SIZE = world_size

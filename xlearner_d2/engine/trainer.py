@@ -160,8 +160,12 @@ def finished(plan: Plan, stage: str, result: str) -> bool:
     return (Path(plan.cfg.OUTPUT_DIR) / result).is_file() and plan.stage_dir(stage).is_dir()
 
 
-def expand(plan: Plan, *, resume_run: bool) -> XLearner:
-    """Train all branches, reconciliation layers and heads; save ``expanded.pth``; return the trained model."""
+def expand(plan: Plan, *, resume_run: bool, start: str = "") -> XLearner:
+    """Train all branches, reconciliation layers and heads; save ``expanded.pth``; return the trained model.
+
+    Args:
+        start: an expanded checkpoint to start from instead of ``MODEL.WEIGHTS``.
+    """
     cfg, folder = plan.cfg, plan.stage_dir("expand")
     seed_all_rng(max(cfg.SEED, 0))
     model = build_model(cfg).to(memory_format=torch.channels_last if cfg.XLEARNER.CHANNELS_LAST else None)
@@ -171,7 +175,7 @@ def expand(plan: Plan, *, resume_run: bool) -> XLearner:
         load_expanded(model, cfg, path)
         return model
     if plan.growth is None:
-        initialise_branches(model, cfg, plan.branches)
+        initialise_branches(model, cfg, plan.branches, start=start)
     else:
         logger.info(f"Extending {plan.growth.path}: {grow(model, cfg, plan.growth, plan.branches)}")
     if autocast_dtype(cfg) is torch.float16:

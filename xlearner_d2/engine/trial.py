@@ -69,7 +69,7 @@ def _step(plan: Plan, model: XLearner, stage: str, together: float, by_branch: f
         return copies * 4 * _num_parameters(model) + student, together
     if plan.cfg.XLEARNER.SQUEEZE.ONLINE:
         return expansion + student, max(together, by_branch)
-    return expansion, by_branch
+    return expansion, max(together, by_branch) if plan.trunk_steps else by_branch
 
 
 def _num_parameters(module: nn.Module) -> int:
