@@ -133,7 +133,7 @@ RULES = (
     Rule(pattern=r"configs/lazy/openmoji\.py --dry-run"),
     Rule(pattern=r"tools/docs_commands\.py", how="leave out", why="is what runs this"),
     Rule(pattern=r"train_net\.py --config-file mine\.yaml( --(dry-run|resume|eval-only))?$"),
-    Rule(pattern=r"mine\.yaml .*output/trunk", add=SHORT),
+    Rule(pattern=r"mine\.yaml XLEARNER\.TRUNK_STEPS", add=f"{SHORT} XLEARNER.TRUNK_STEPS 1"),
     Rule(pattern=r"tools/(browse_data|export|report)\.py"),
     Rule(pattern=r"(python -m xlearner_d2|xlearner-d2)"),
 )

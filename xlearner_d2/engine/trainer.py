@@ -214,9 +214,9 @@ def expand(plan: Plan, *, resume_run: bool, start: str = "") -> XLearner:
     )
     trainers = [trainer, *(hook.inner for hook in squeezing)]
     trainer.register_hooks(stage_hooks(cfg, checkpointer, folder, max_iter=cfg.SOLVER.MAX_ITER, trainers=trainers))
-    start = resume(trainer, checkpointer, wanted=resume_run)
-    start_at(loader, start)
-    trainer.train(start, cfg.SOLVER.MAX_ITER)
+    step = resume(trainer, checkpointer, wanted=resume_run)
+    start_at(loader, step)
+    trainer.train(step, cfg.SOLVER.MAX_ITER)
     trainer.release()
     share_norm_statistics(model)
     if comm.is_main_process():
