@@ -29,6 +29,7 @@ TESTED = {
     "transfer/real12_few_study.yaml",
     "transfer/real12_pretrain.yaml",
     "transfer/real12_study.yaml",
+    "transfer/real12_trunk_study.yaml",
 }
 
 
@@ -101,6 +102,13 @@ def test_study_real(photographs, tmp_path, name):
     done = dry_run("tools/study.py", *study, data=photographs)
     assert done.returncode == 0, done.stderr
     assert "single/coco_boxes: single_coco_boxes/expanded.pth:detection" in done.stdout
+
+
+def test_study_real_with_a_trunk_first(photographs, tmp_path):
+    study = ["--study", "configs/transfer/real12_trunk_study.yaml", "--subject", "trunk_first"]
+    done = dry_run("tools/study.py", *study, "--output", tmp_path / "out", data=photographs)
+    assert done.returncode == 0, done.stderr
+    assert "trunk_first: trunk_first/student_d2.pth" in done.stdout
 
 
 def test_suite_paper_names_all_that_is_missing(tmp_path):

@@ -131,13 +131,18 @@ def images_seen(study: StudySpec, name: str, *, file: str = "") -> int:
     squeeze = cfg.XLEARNER.SQUEEZE.SOLVER.get("MAX_ITER", cfg.SOLVER.MAX_ITER)
     if cfg.XLEARNER.SQUEEZE.ONLINE:  # both stages in the same steps
         squeeze = 0
-    steps = {"expand": cfg.SOLVER.MAX_ITER, "squeeze": squeeze, "all": cfg.SOLVER.MAX_ITER + squeeze}
+    expand = cfg.XLEARNER.TRUNK_STEPS + cfg.SOLVER.MAX_ITER
+    steps = {"expand": expand, "squeeze": squeeze, "all": expand + squeeze}
     done = steps["expand" if file == EXPANDED_FILE else cfg.XLEARNER.STAGE]
     return int(batch * done + sum(images_seen(study, other, file=start) for other, start in needed))
 
 
 @pytest.mark.parametrize(
-    "name", ["openmoji12_study", "openmoji12_ablation", "openmoji12_few_study", "real12_study", "real12_few_study"]
+    "name",
+    [
+        *("openmoji12_study", "openmoji12_ablation", "openmoji12_few_study"),
+        *("real12_study", "real12_few_study", "real12_trunk_study"),
+    ],
 )
 def test_all_backbones_of_a_shipped_study_saw_as_many_images(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
     monkeypatch.chdir(ROOT)

@@ -120,6 +120,9 @@ def check_branches(
     starts = {name: start_of(cfg, specs, name) for name in branches if name not in old}
     for name, (setting, path) in starts.items():
         problems += _misfit(branches[name], setting, path)
+    if starts_from_trunk(cfg):
+        problems += _misfit(next(iter(branches.values())), "MODEL.WEIGHTS", cfg.MODEL.WEIGHTS)
+    problems += _lack_of_trunk(cfg)
     givers = {task: branches[TRUNK if TRUNK in branches else task] for task in hinting}
     return [*dict.fromkeys(problems), *_check_student(cfg, tasks, branches, givers)]
 
@@ -183,6 +186,21 @@ def _misfit(network: torch.nn.Module, setting: str, path: str) -> list[str]:
     return []
 
 
+def _lack_of_trunk(cfg: CfgNode) -> list[str]:
+    """Whether a trunk is to start as an expanded model that has none."""
+    path = cfg.MODEL.WEIGHTS
+    if not (cfg.XLEARNER.SHARING == "shared" or starts_from_trunk(cfg)) or not Path(path).is_file():
+        return []
+    if not is_expanded(path) or any(_of_trunk(name) for name in read_checkpoint(path)["model"]):
+        return []
+    wish = "name a network's file, or an expanded model of hard sharing"
+    return [f"MODEL.WEIGHTS is {path!r}, an expanded model without a trunk for the trunk to start as: {wish}."]
+
+
+def _of_trunk(name: str) -> bool:
+    return name.startswith(f"backbone.branches.{TRUNK}.")
+
+
 def is_expanded(path: str) -> bool:
     """Whether a checkpoint is that of an expanded model."""
     return "tasks" in read_checkpoint(path).get("xlearner", {})
@@ -215,6 +233,19 @@ def _check_student(
 def starts_from_trunk(cfg: CfgNode) -> bool:
     """Whether a run's branches start as a trunk that it trains first."""
     return cfg.XLEARNER.STAGE != "squeeze" and bool(cfg.XLEARNER.TRUNK_STEPS)
+
+
+def trunk_config(cfg: CfgNode) -> CfgNode:
+    """The project's config for the steps of that trunk: hard sharing of the same sources."""
+    cfg = cfg.clone()
+    cfg.defrost()
+    cfg.SOLVER.MAX_ITER = cfg.XLEARNER.TRUNK_STEPS
+    cfg.XLEARNER.TRUNK_STEPS = 0
+    cfg.XLEARNER.STAGE = "expand"
+    cfg.XLEARNER.SHARING = "shared"
+    cfg.XLEARNER.BRANCHES = CfgNode(new_allowed=True)
+    cfg.XLEARNER.SQUEEZE.ONLINE = False
+    return cfg
 
 
 def squeezes(cfg: CfgNode) -> bool:
@@ -360,15 +391,14 @@ def start_branch(model: XLearner, name: str, path: str, cfg: CfgNode, *, heads: 
 
 def _from_trunk(model: XLearner, state: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
     """The weights of an expanded model, with the trunk of hard sharing in the place of each branch of ``model``."""
-    trunk = f"backbone.branches.{TRUNK}."
-    if TRUNK in model.backbone.branches or not any(name.startswith(trunk) for name in state):
+    if TRUNK in model.backbone.branches or not any(map(_of_trunk, state)):
         return state
-    found = {name: value for name, value in state.items() if not name.startswith(trunk)}
+    found = {name: value for name, value in state.items() if not _of_trunk(name)}
     for name, value in model.state_dict().items():
         if name.startswith("backbone.reconciliation."):
             found[name] = value
         elif name.startswith("backbone.branches."):
-            in_trunk = trunk + name.split(".", 3)[3]  # after backbone.branches.<task>.
+            in_trunk = f"backbone.branches.{TRUNK}.{name.split('.', 3)[3]}"  # after backbone.branches.<task>.
             if in_trunk in state:
                 found[name] = state[in_trunk]
     return found

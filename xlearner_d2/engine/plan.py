@@ -21,8 +21,22 @@ from .branches import check_branches, check_networks, learner_config, squeezes, 
 from .class_names import check_class_names, stored_class_names
 from .drawn import Drawn, balance, check_weighting
 from .growth import Growth, check_growth, read_growth, with_stored_classes
-from .plan_checks import check_head, check_settings, check_tests, check_training, tell_few_images, tell_unread
-from .resumed import changed_settings, check_expansion_unchanged, check_squeeze_unchanged, check_unchanged
+from .plan_checks import (
+    check_head,
+    check_settings,
+    check_tests,
+    check_training,
+    tell_few_images,
+    tell_long_warm_up,
+    tell_unread,
+)
+from .resumed import (
+    changed_settings,
+    check_expansion_unchanged,
+    check_squeeze_unchanged,
+    check_start_unchanged,
+    check_unchanged,
+)
 from .scaling import check_norm, scale_to_workers
 from .squeeze_settings import check_task_weights, hint_factors, squeeze_batches
 
@@ -111,8 +125,9 @@ def check_output(plan: Plan, *, resume: bool) -> None:
     given = "squeeze" in plan.stages and squeeze.TEACHER
     trained = resume and expanded_file(plan.cfg).is_file()
     too_late = squeeze.ONLINE and not (Path(plan.cfg.OUTPUT_DIR) / STUDENT_FILE).is_file()
-    if resume and (too_late or not trained) and plan.stage_dir("expand").is_dir():
-        problems += check_expansion_unchanged(plan.cfg)
+    if resume and plan.stage_dir("expand").is_dir():
+        problems += check_start_unchanged(plan.cfg)
+        problems += check_expansion_unchanged(plan.cfg) if too_late or not trained else []
     if plan.stages == ("squeeze",) or given or trained:
         with _collect(problems):
             check_expanded(plan)
@@ -244,6 +259,7 @@ def _read_settings(cfg: CfgNode, world_size: int) -> _Settings:
     asked = _Settings(cfg=cfg, sources=tuple(sources), probes=tuple(probes), growth=growth, branches=tuple(branches))
     problems += check_training(sources, asked.frozen)
     tell_unread(cfg)
+    tell_long_warm_up(cfg)
     with _collect(problems):
         register_sources(cfg, sources, probes)
     _stop_at(problems)

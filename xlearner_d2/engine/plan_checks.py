@@ -20,6 +20,7 @@ from ..modeling.expanded import STAGES as RESNET_STAGES
 from ..modeling.heads import COMPILED_HINT, has_compiled_operators
 from ..settings import AMP_PRECISIONS, SHARING, STAGES
 from ..specs import SourceSpec, one_of
+from .branches import starts_from_trunk, trunk_config
 from .drawn import check_sampling
 from .optimizer import CLIP_TYPES, OPTIMIZERS, make_multiplier, make_optimizer
 from .resumed import flat
@@ -74,6 +75,19 @@ def tell_unread(cfg: CfgNode) -> None:
         cure = "Set them in the OPTS or the CONFIG of a source, and the images of a step in its IMS_PER_BATCH."
         text = f"No source reads {', '.join(unread)}, which the config sets. {cure}"
         log_first_n(logging.WARNING, text, key="message")  # a study makes the same plan for each of its runs
+
+
+def tell_long_warm_up(cfg: CfgNode) -> None:
+    """Warn of stages that end before their learning rate has risen, as with Detectron2's 1,000 steps of warm-up."""
+    stages = {"The expansion": cfg, "The squeeze": squeeze_config(cfg)}
+    left_out = {"expand": "The squeeze", "squeeze": "The expansion"}.get(cfg.XLEARNER.STAGE)
+    if starts_from_trunk(cfg):
+        stages["The trunk"] = trunk_config(cfg)
+    for name, own in stages.items():
+        if name != left_out and own.SOLVER.WARMUP_ITERS >= own.SOLVER.MAX_ITER:
+            steps = f"{name} takes {own.SOLVER.MAX_ITER} steps, but SOLVER.WARMUP_ITERS is {own.SOLVER.WARMUP_ITERS}"
+            text = f"{steps}, in which its learning rate rises: it never is what SOLVER.BASE_LR says."
+            log_first_n(logging.WARNING, text, key="message")
 
 
 #: Images of a task in one worker's step, below which statistics of a batch are said to be of few.
@@ -156,6 +170,8 @@ def _try_solvers(cfg: CfgNode) -> list[str]:
         "SOLVER": CfgNode.clone,
         "XLEARNER.SQUEEZE.SOLVER": squeeze_config,
     }
+    if starts_from_trunk(cfg):
+        stages["SOLVER, with as many steps as XLEARNER.TRUNK_STEPS,"] = trunk_config
     for where, config in stages.items():
         try:
             own = config(cfg)

@@ -40,7 +40,7 @@ def describe_training(plan: Plan) -> dict[str, Any]:
 def _steps(plan: Plan) -> str:
     images = f"{plan.drawn[plan.stages[-1]].images_per_step:.4g}"
     squeeze = squeeze_config(plan.cfg).SOLVER.MAX_ITER
-    trunk = f"{steps} of a shared trunk, then " if (steps := plan.trunk_steps) else ""
+    trunk = f"{steps} of a shared trunk, then " if (steps := plan.cfg.XLEARNER.TRUNK_STEPS) else ""
     if plan.cfg.XLEARNER.SQUEEZE.ONLINE:
         return f"{trunk}{plan.cfg.SOLVER.MAX_ITER} of expansion and squeeze at once"
     expand = "" if plan.cfg.XLEARNER.SQUEEZE.TEACHER else f"{trunk}{plan.cfg.SOLVER.MAX_ITER} of expansion, then "

@@ -71,14 +71,17 @@ def check_squeeze_unchanged(cfg: CfgNode) -> list[str]:
 
 def check_expansion_unchanged(cfg: CfgNode) -> list[str]:
     """The same for an expansion that has begun: its checkpoints hold a student, or none."""
+    name = "XLEARNER.SQUEEZE.ONLINE"
     changes = changed_settings(cfg)
-    online = "XLEARNER.SQUEEZE.ONLINE"
-    problems = [_stays(cfg, online, *changes[online])] if online in changes else []
-    trunk = "XLEARNER.TRUNK_STEPS"
-    before, now = changes.get(trunk, (0, 0))
-    if bool(before) != bool(now):  # not of another number alone, which another number of workers brings
-        problems.append(_stays(cfg, trunk, before or 0, now))
-    return problems
+    return [_stays(cfg, name, *changes[name])] if name in changes else []
+
+
+def check_start_unchanged(cfg: CfgNode) -> list[str]:
+    """The same for an expansion that has begun, or is done: it started as a trunk, or it did not."""
+    name = "XLEARNER.TRUNK_STEPS"
+    before, now = (steps or 0 for steps in changed_settings(cfg).get(name, (0, 0)))
+    # Not of another number alone, which another number of workers brings.
+    return [] if bool(before) == bool(now) else [_stays(cfg, name, before, now)]
 
 
 def _stays(cfg: CfgNode, name: str, before: Any, now: Any) -> str:

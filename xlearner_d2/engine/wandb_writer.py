@@ -11,7 +11,7 @@ class WandbWriter(EventWriter):
     """Log the scalars of a stage as a run of its own, which a resumed stage continues.
 
     Args:
-        folder: of the stage: its name and that of the folder around it name the run.
+        folder: of the stage: its name and that of the run's folder name the run.
         project: to log to.
         written: the last step that was logged before, -1 if none.
     """
@@ -21,11 +21,13 @@ class WandbWriter(EventWriter):
 
         note = folder / "wandb_run"
         known = note.read_text().strip() if note.is_file() and written >= 0 else None
-        output = folder.absolute().parent.name
+        output, stage = folder.absolute().parent, folder.name
+        if output.name == "trunk":  # a run within another one
+            output, stage = output.parent, "trunk"
         self._run = wandb.init(
             project=project,
-            name=f"{output} {folder.name}",
-            group=output,
+            name=f"{output.name} {stage}",
+            group=output.name,
             dir=str(folder),
             id=known,
             resume="allow" if known else None,
