@@ -124,6 +124,23 @@ def test_settings_that_only_heads_read_are_told(project, caplog):
     assert told in caplog.text
 
 
+def test_a_warm_up_that_outlasts_its_stage_is_told(project, caplog, monkeypatch):
+    """As Detectron2's default of 1,000 steps does in a short run."""
+    _LOG_COUNTER.clear()
+    project.dry_run("SOLVER.MAX_ITER", 9, "SOLVER.WARMUP_ITERS", 8, "XLEARNER.SQUEEZE.SOLVER.MAX_ITER", 9)
+    assert "rate rises" not in caplog.text
+    project.dry_run("SOLVER.MAX_ITER", 9, "SOLVER.WARMUP_ITERS", 8, "XLEARNER.TRUNK_STEPS", 7)
+    for stage, steps in (("trunk", 7), ("squeeze", 2)):
+        assert f"The {stage} takes {steps} steps, but SOLVER.WARMUP_ITERS is 8, in which" in caplog.text
+    assert "The expansion takes" not in caplog.text
+    _LOG_COUNTER.clear()
+    caplog.clear()
+    monkeypatch.setenv("DETECTRON2_DATASETS", str(project.root / "data"))
+    alone = ("XLEARNER.STAGE", "squeeze", "SOLVER.WARMUP_ITERS", 2, "XLEARNER.SQUEEZE.SOLVER.WARMUP_ITERS", 1)
+    make_plan(project.load(*alone), world_size=1)
+    assert "rate rises" not in caplog.text
+
+
 @pytest.mark.parametrize(("workers", "norm", "told"), [(1, "BN", False), (2, "BN", True), (2, "naiveSyncBN", False)])
 def test_few_images_of_a_worker_are_told(project, caplog, monkeypatch, workers, norm, told):
     monkeypatch.setenv("DETECTRON2_DATASETS", str(project.root / "data"))

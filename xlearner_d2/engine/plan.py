@@ -259,10 +259,10 @@ def _read_settings(cfg: CfgNode, world_size: int) -> _Settings:
     asked = _Settings(cfg=cfg, sources=tuple(sources), probes=tuple(probes), growth=growth, branches=tuple(branches))
     problems += check_training(sources, asked.frozen)
     tell_unread(cfg)
-    tell_long_warm_up(cfg)
     with _collect(problems):
         register_sources(cfg, sources, probes)
     _stop_at(problems)
+    tell_long_warm_up(cfg)
     return asked
 
 
