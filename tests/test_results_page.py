@@ -108,6 +108,7 @@ TABLES: dict[tuple[str, str], tuple[str, str, Mapping[str, str]]] = {
             "… detection": "expanded/detection",
             "… segmentation": "expanded/segmentation",
             "squeezed": "squeezed",
+            "… a shared trunk first": "squeezed/trunk_first",
         },
     ),
 }

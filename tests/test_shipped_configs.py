@@ -105,10 +105,10 @@ def test_study_real(photographs, tmp_path, name):
 
 
 def test_study_real_with_a_trunk_first(photographs, tmp_path):
-    study = ["--study", "configs/transfer/real12_trunk_study.yaml", "--subject", "trunk_first"]
+    study = ["--study", "configs/transfer/real12_trunk_study.yaml"]
     done = dry_run("tools/study.py", *study, "--output", tmp_path / "out", data=photographs)
     assert done.returncode == 0, done.stderr
-    assert "trunk_first: trunk_first/student_d2.pth" in done.stdout
+    assert "squeezed/trunk_first: trunk_first/student_d2.pth" in done.stdout
 
 
 def test_suite_paper_names_all_that_is_missing(tmp_path):
