@@ -138,6 +138,8 @@ def test_a_warm_up_that_outlasts_its_stage_is_told(project, caplog, monkeypatch)
     monkeypatch.setenv("DETECTRON2_DATASETS", str(project.root / "data"))
     alone = ("XLEARNER.STAGE", "squeeze", "SOLVER.WARMUP_ITERS", 2, "XLEARNER.SQUEEZE.SOLVER.WARMUP_ITERS", 1)
     make_plan(project.load(*alone), world_size=1)
+    online = ("XLEARNER.SQUEEZE.ONLINE", True, "SOLVER.MAX_ITER", 9, "SOLVER.WARMUP_ITERS", 8)  # it takes nine as well
+    make_plan(project.load(*online), world_size=1)
     assert "rate rises" not in caplog.text
 
 

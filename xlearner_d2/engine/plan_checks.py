@@ -20,7 +20,7 @@ from ..modeling.expanded import STAGES as RESNET_STAGES
 from ..modeling.heads import COMPILED_HINT, has_compiled_operators
 from ..settings import AMP_PRECISIONS, SHARING, STAGES
 from ..specs import SourceSpec, one_of
-from .branches import starts_from_trunk, trunk_config
+from .branches import squeezes, starts_from_trunk, trunk_config
 from .drawn import check_sampling
 from .optimizer import CLIP_TYPES, OPTIMIZERS, make_multiplier, make_optimizer
 from .resumed import flat
@@ -79,12 +79,17 @@ def tell_unread(cfg: CfgNode) -> None:
 
 def tell_long_warm_up(cfg: CfgNode) -> None:
     """Warn of stages that end before their learning rate has risen, as with Detectron2's 1,000 steps of warm-up."""
-    stages = {"The expansion": cfg, "The squeeze": squeeze_config(cfg)}
-    left_out = {"expand": "The squeeze", "squeeze": "The expansion"}.get(cfg.XLEARNER.STAGE)
+    stages = {}
     if starts_from_trunk(cfg):
         stages["The trunk"] = trunk_config(cfg)
+    if cfg.XLEARNER.STAGE != "squeeze":
+        stages["The expansion"] = cfg
+    if squeezes(cfg):
+        stages["The squeeze"] = squeezing = squeeze_config(cfg)
+        if cfg.XLEARNER.SQUEEZE.ONLINE:  # in the steps of the expansion
+            squeezing.SOLVER.MAX_ITER = cfg.SOLVER.MAX_ITER
     for name, own in stages.items():
-        if name != left_out and own.SOLVER.WARMUP_ITERS >= own.SOLVER.MAX_ITER:
+        if own.SOLVER.WARMUP_ITERS >= own.SOLVER.MAX_ITER:
             steps = f"{name} takes {own.SOLVER.MAX_ITER} steps, but SOLVER.WARMUP_ITERS is {own.SOLVER.WARMUP_ITERS}"
             text = f"{steps}, in which its learning rate rises: it never is what SOLVER.BASE_LR says."
             log_first_n(logging.WARNING, text, key="message")
