@@ -193,3 +193,8 @@ def test_weights_and_biases_gets_each_step_once_and_the_run_goes_on(wandb: Simpl
     assert [step for run in wandb.runs for step, _ in run.rows] == [4, 9, 14, 19]
     assert wandb.runs[0].rows[0][1]["birds/total_loss"] == 1
     assert all(run.closed for run in wandb.runs)
+
+
+def test_the_run_of_a_trunk_is_one_of_the_run_around_it(wandb: SimpleNamespace, tmp_path: Path) -> None:
+    make_writers(tmp_path / "out/trunk/expand", max_iter=30, written=-1, wandb_project="birds")
+    assert [(of["name"], of["group"]) for of in wandb.options] == [("out trunk", "out")]

@@ -26,6 +26,7 @@ from ..modeling.branches import DEPTHS, Branch, BranchSpec, branch_config, build
 from ..modeling.expanded import STAGES, TRUNK, build_expanded_backbone
 from ..modeling.timm_backbone import timm_problem
 from ..specs import ConfigError, TaskSpec, nearest
+from .trunk_settings import starts_from_trunk
 
 logger = logging.getLogger(__name__)
 
@@ -228,24 +229,6 @@ def _check_student(
         *problems,
         f"XLEARNER.SQUEEZE.INIT is {start!r}, but the student is {got}, and that branch is {has}: set it to random.",
     ]
-
-
-def starts_from_trunk(cfg: CfgNode) -> bool:
-    """Whether a run's branches start as a trunk that it trains first."""
-    return cfg.XLEARNER.STAGE != "squeeze" and bool(cfg.XLEARNER.TRUNK_STEPS)
-
-
-def trunk_config(cfg: CfgNode) -> CfgNode:
-    """The project's config for the steps of that trunk: hard sharing of the same sources."""
-    cfg = cfg.clone()
-    cfg.defrost()
-    cfg.SOLVER.MAX_ITER = cfg.XLEARNER.TRUNK_STEPS
-    cfg.XLEARNER.TRUNK_STEPS = 0
-    cfg.XLEARNER.STAGE = "expand"
-    cfg.XLEARNER.SHARING = "shared"
-    cfg.XLEARNER.BRANCHES = CfgNode(new_allowed=True)
-    cfg.XLEARNER.SQUEEZE.ONLINE = False
-    return cfg
 
 
 def squeezes(cfg: CfgNode) -> bool:

@@ -17,7 +17,7 @@ from ..extensions import import_modules
 from ..modeling.branches import BranchSpec
 from ..modeling.heads import derive_tasks, head_config
 from ..specs import ConfigError, ProbeSpec, SourceSpec, TaskSpec, parse_records, parse_sources
-from .branches import check_branches, check_networks, learner_config, squeezes, starts_from_trunk
+from .branches import check_branches, check_networks, learner_config, squeezes
 from .class_names import check_class_names, stored_class_names
 from .drawn import Drawn, balance, check_weighting
 from .growth import Growth, check_growth, read_growth, with_stored_classes
@@ -39,6 +39,7 @@ from .resumed import (
 )
 from .scaling import check_norm, scale_to_workers
 from .squeeze_settings import check_task_weights, hint_factors, squeeze_batches
+from .trunk_settings import starts_from_trunk
 
 #: What the expand stage leaves in OUTPUT_DIR, and what squeeze starts from.
 EXPANDED_FILE = "expanded.pth"

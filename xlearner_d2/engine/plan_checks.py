@@ -20,12 +20,13 @@ from ..modeling.expanded import STAGES as RESNET_STAGES
 from ..modeling.heads import COMPILED_HINT, has_compiled_operators
 from ..settings import AMP_PRECISIONS, SHARING, STAGES
 from ..specs import SourceSpec, one_of
-from .branches import squeezes, starts_from_trunk, trunk_config
+from .branches import squeezes
 from .drawn import check_sampling
 from .optimizer import CLIP_TYPES, OPTIMIZERS, make_multiplier, make_optimizer
 from .resumed import flat
 from .scaling import check_timeouts
 from .squeeze_settings import check_squeeze, squeeze_config
+from .trunk_settings import check_trunk, starts_from_trunk, trunk_config
 
 
 def check_settings(cfg: CfgNode, world_size: int) -> list[str]:
@@ -54,7 +55,7 @@ def check_settings(cfg: CfgNode, world_size: int) -> list[str]:
         problems.append(f"MODEL.RESNETS.DEFORM_ON_PER_STAGE needs {COMPILED_HINT}")
     problems += _check_solver(cfg.SOLVER, "SOLVER")
     problems += _check_solver(cfg.XLEARNER.SQUEEZE.SOLVER, "XLEARNER.SQUEEZE.SOLVER")
-    problems += check_timeouts(cfg) + check_squeeze(cfg) + _check_trunk(cfg)
+    problems += check_timeouts(cfg) + check_squeeze(cfg) + check_trunk(cfg)
     return problems or _try_solvers(cfg)
 
 
@@ -152,20 +153,6 @@ def _check_solver(solver: CfgNode, where: str) -> list[str]:
     if clip not in CLIP_TYPES:
         expected = f"one of {', '.join(CLIP_TYPES)} is expected"
         problems.append(f"{where}.CLIP_GRADIENTS.CLIP_TYPE is {clip!r}, but {expected}.")
-    return problems
-
-
-def _check_trunk(cfg: CfgNode) -> list[str]:
-    """Problems of ``XLEARNER.TRUNK_STEPS`` that show without data."""
-    steps, problems = cfg.XLEARNER.TRUNK_STEPS, []
-    if steps < 0:
-        problems.append(f"XLEARNER.TRUNK_STEPS is {steps}, but a number of steps is expected, or 0 for no trunk.")
-    if steps and cfg.XLEARNER.SHARING == "shared":
-        wish = "but with XLEARNER.SHARING 'shared' there is no expansion after them: set SOLVER.MAX_ITER"
-        problems.append(f"XLEARNER.TRUNK_STEPS is {steps}, {wish}.")
-    if steps and cfg.XLEARNER.EXTEND:
-        wish = "but XLEARNER.EXTEND names branches that are trained already: leave out one of the two"
-        problems.append(f"XLEARNER.TRUNK_STEPS is {steps}, {wish}.")
     return problems
 
 

@@ -5,9 +5,9 @@ import logging
 from dataclasses import replace
 from pathlib import Path
 
-from .branches import trunk_config
 from .plan import EXPANDED_FILE, Plan
 from .trainer import expand, finished
+from .trunk_settings import trunk_config
 
 logger = logging.getLogger(__name__)
 
